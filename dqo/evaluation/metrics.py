@@ -1,0 +1,371 @@
+r"""What is measured on one prompt's group of responses: one number a prompt and metric.
+
+Text metrics take groups of any size, as `Sequence[Sequence[str]]` (prompts x responses); embedding metrics take a
+tensor of shape `(prompts, n, d)`. Every function returns a float64 array of shape `(prompts,)`. Where a metric is not
+defined for a prompt its value is nan, and the statistics leave that prompt out.
+
+Text is compared as lower-cased word tokens: runs of letters, digits and underscores, with the apostrophes inside a
+word. Punctuation and operators do not count, and a script written without spaces gives one token a run: for such a
+language the embedding metrics are the ones to read.
+
+A response without a word (empty, or punctuation only) stays a member of its group, under one rule: such responses are
+all the same response. So a policy that falls silent is never credited for more than one way of doing it. A group of
+nothing else has `self_bleu_diversity` 0 and no `distinct_n` (nan: there is no n-gram to count). Embeddings are those
+of the text as it is: empty responses coincide, and a group of nothing else is at the lower bound of the embedding
+metrics.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dqo import determinant
+
+Groups = Sequence[Sequence[str]]
+PerPrompt = NDArray[np.float64]
+
+_WORD = re.compile(r"\w+(?:['\u2019]\w+)*")
+_BLEU_ORDERS = 4
+_BLEU_EPSILON = 0.1  # matches credited where there is none: nltk's SmoothingFunction().method1
+_UNIT_NORM_TOLERANCE = 0.01  # half precision stays far below; embeddings nobody normalised do not
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a reader of the report needs to know about a metric."""
+
+    label: str
+    direction: Literal["higher", "lower", "neutral"]
+    """Which way is better; `neutral` describes without judging."""
+    range: str
+    definition: str
+
+
+METRICS: dict[str, Metric] = {
+    "quality": Metric(
+        "Quality", "higher", "that of the task's reward", "Mean reward of the group's scorable responses."
+    ),
+    "best_of_n": Metric(
+        "Best of n", "higher", "that of the task's reward", "Highest reward among the group's scorable responses."
+    ),
+    "distinct_1": Metric("Distinct-1", "higher", "above 0, up to 1", "Share of the group's words that are unique."),
+    "distinct_2": Metric(
+        "Distinct-2", "higher", "above 0, up to 1", "Share of the group's word pairs that are unique."
+    ),
+    "distinct_4": Metric(
+        "Distinct-4", "higher", "above 0, up to 1", "Share of the group's sequences of four words that are unique."
+    ),
+    "self_bleu_diversity": Metric(
+        "1 - self-BLEU",
+        "higher",
+        "0 (every response repeats another one) to 1 (no word in common)",
+        "One minus the mean BLEU-4 of each response against the others of its group.",
+    ),
+    "cosine_distance": Metric(
+        "Cosine distance",
+        "higher",
+        "0 (all mean the same) to n / (n - 1), in practice below 1",
+        "Mean of one minus the cosine similarity, over the pairs of the group's embeddings.",
+    ),
+    "log_volume": Metric(
+        "Log-volume",
+        "higher",
+        "log(1 + n) (all mean the same) to n log 2 (nothing in common)",
+        "log det(L + I) of the Gram matrix L of the group's embeddings: the diversity that DQO optimises.",
+    ),
+    "vendi_score": Metric(
+        "Vendi score",
+        "higher",
+        "1 (all mean the same) to n (nothing in common)",
+        "Effective number of different responses: exp of the entropy of the eigenvalues of L / n.",
+    ),
+    "duplicate_rate": Metric(
+        "Duplicates",
+        "lower",
+        "0 to 1 - 1 / n",
+        "Share of responses that equal an earlier one of their group but for case and white space.",
+    ),
+    "truncation_rate": Metric(
+        "Truncated", "lower", "0 to 1", "Share of responses that reached the token limit before they ended."
+    ),
+    "mean_tokens": Metric(
+        "Tokens", "neutral", "0 to the token limit", "Mean length of the group's responses in tokens."
+    ),
+}
+"""Every metric of a run by its name in `evaluation.json`, in display order."""
+
+
+def _words(response: str) -> list[str]:
+    return _WORD.findall(response.lower())
+
+
+def _ngram_counts(words: list[str], order: int) -> Counter[tuple[str, ...]]:
+    return Counter(zip(*(words[start:] for start in range(order)), strict=False))
+
+
+def distinct_n(groups: Groups, n: int) -> PerPrompt:
+    """Unique n-grams over all n-grams of a group's responses, pooled.
+
+    No n-gram spans two responses. The value falls with the amount of text, so compare it at equal n and similar length.
+
+    Args:
+        groups: Responses, prompts x any number.
+        n: Words in an n-gram, at least 1.
+
+    Returns:
+        Shape `(prompts,)`, in (0, 1]; nan for a group without any n-gram.
+
+    Source: Li et al., 2016 (arXiv 1510.03055), over a group instead of a corpus.
+    """
+    values = []
+    for group in groups:
+        pooled: Counter[tuple[str, ...]] = Counter()
+        for response in group:
+            pooled.update(_ngram_counts(_words(response), n))
+        values.append(len(pooled) / pooled.total() if pooled else math.nan)
+    return np.array(values, dtype=np.float64)
+
+
+def _clipped_matches(group: list[list[str]], order: int) -> list[int]:
+    """N-grams of each response that another response holds, clipped at the largest count among those others.
+
+    Each response is counted once: the largest count among the others is the group's largest, or the runner-up for the
+    response that holds the largest itself (the two are equal on a tie).
+    """
+    counts = [_ngram_counts(words, order) for words in group]
+    largest: dict[tuple[str, ...], int] = {}
+    runner_up: dict[tuple[str, ...], int] = {}
+    for response in counts:
+        for ngram, count in response.items():
+            if count > (top := largest.get(ngram, 0)):
+                largest[ngram], runner_up[ngram] = count, top
+            elif count > runner_up[ngram]:
+                runner_up[ngram] = count
+    return [
+        sum([count if count < largest[ngram] else runner_up[ngram] for ngram, count in response.items()])
+        for response in counts
+    ]
+
+
+def _bleu_against_others(group: list[list[str]]) -> list[float]:
+    """BLEU-4 of each response with all others of its group as references; the group has two members or more."""
+    matches = [_clipped_matches(group, order) for order in range(1, _BLEU_ORDERS + 1)]
+    lengths = [len(words) for words in group]
+    scores = []
+    for member, length in enumerate(lengths):
+        others = lengths[:member] + lengths[member + 1 :]
+        if length == 0:
+            scores.append(float(0 in others))
+            continue
+        if matches[0][member] == 0:
+            scores.append(0.0)
+            continue
+        closest = min(others, key=lambda other: (abs(other - length), other))
+        brevity = min(0.0, 1 - closest / length)
+        # A response shorter than four words has no 4-gram to match: weigh the orders it has, or a group of identical
+        # short answers would look diverse.
+        orders = min(_BLEU_ORDERS, length)
+        precisions = [(matches[i][member] or _BLEU_EPSILON) / (length - i) for i in range(orders)]
+        scores.append(math.exp(brevity + math.fsum(map(math.log, precisions)) / orders))
+    return scores
+
+
+def self_bleu_diversity(groups: Groups) -> PerPrompt:
+    """One minus self-BLEU: the mean BLEU-4 of each response against the others of its group.
+
+    BLEU is `nltk.translate.bleu_score.sentence_bleu(others, response, smoothing_function=SmoothingFunction().method1,
+    auto_reweigh=True)` on lower-cased words: a precision without a match counts 0.1 matches, and responses of fewer
+    than four words are scored on the orders they have. The one difference: a response without a word has BLEU 1 where
+    another one has no word either, for which nltk says 0 (see the module).
+
+    Args:
+        groups: Responses, prompts x any number.
+
+    Returns:
+        Shape `(prompts,)`, in [0, 1]; nan for a group of fewer than two responses.
+
+    Source: Zhu et al., 2018 (arXiv 1802.01886), over a group instead of a corpus.
+    """
+    values = [
+        1.0 - math.fsum(_bleu_against_others([_words(response) for response in group])) / len(group)
+        if len(group) > 1
+        else math.nan
+        for group in groups
+    ]
+    return np.array(values, dtype=np.float64)
+
+
+def duplicate_rate(groups: Groups) -> PerPrompt:
+    """Share of responses that equal an earlier one of their group once case and white space are folded.
+
+    Args:
+        groups: Responses, prompts x any number.
+
+    Returns:
+        Shape `(prompts,)`, in [0, 1 - 1/n]; nan for a group without a response.
+    """
+    values = [
+        1.0 - len({" ".join(response.casefold().split()) for response in group}) / len(group) if group else math.nan
+        for group in groups
+    ]
+    return np.array(values, dtype=np.float64)
+
+
+def _unit_vectors(embeddings: Tensor) -> Tensor:
+    """Check embeddings `(prompts, n, d)` and remove their rounding: float64, exactly unit norm."""
+    if embeddings.dim() != 3:
+        raise ValueError(f"embeddings must have shape (prompts, n, d), got {tuple(embeddings.shape)}")
+    vectors = embeddings.detach().double()
+    norms = vectors.norm(dim=-1, keepdim=True)
+    # Not "any above": nan must fail too.
+    if not ((norms - 1).abs() <= _UNIT_NORM_TOLERANCE).all():
+        raise ValueError(f"embeddings must have unit norm, got norms from {norms.min():.4g} to {norms.max():.4g}")
+    return vectors / norms
+
+
+def cosine_distance(embeddings: Tensor) -> PerPrompt:
+    """Mean of `1 - cos` over the pairs of a group.
+
+    Args:
+        embeddings: Unit-norm response embeddings, shape `(prompts, n, d)`.
+
+    Returns:
+        Shape `(prompts,)`, in `[0, n / (n - 1)]`; nan where n is 1.
+
+    Raises:
+        ValueError: If the shape is another or a norm is not 1.
+    """
+    vectors = _unit_vectors(embeddings)
+    n = vectors.shape[1]
+    if n < 2:
+        return np.full(len(vectors), np.nan)
+    # The squared norm of the sum is the sum over the Gram matrix: n ones and every pair twice.
+    pairs = (vectors.sum(dim=1).square().sum(dim=-1) - n) / (n * (n - 1))
+    return (1.0 - pairs).clamp(min=0.0).cpu().numpy()
+
+
+def log_volume(embeddings: Tensor) -> PerPrompt:
+    """`log det(L + I)` of each group, in nats: `dqo.determinant.log_volume` in float64 at the paper's kernel scale.
+
+    The kernel scale is 1 whatever the training used, so that values of different runs compare.
+
+    Args:
+        embeddings: Unit-norm response embeddings, shape `(prompts, n, d)`.
+
+    Returns:
+        Shape `(prompts,)`, in `[log(1 + n), n log 2]`.
+
+    Raises:
+        ValueError: If the shape is another or a norm is not 1.
+    """
+    return determinant.log_volume(_unit_vectors(embeddings)).cpu().numpy()
+
+
+def vendi_score(embeddings: Tensor) -> PerPrompt:
+    """Effective number of different responses: exp of the entropy of the eigenvalues of `L / n`.
+
+    Args:
+        embeddings: Unit-norm response embeddings, shape `(prompts, n, d)`.
+
+    Returns:
+        Shape `(prompts,)`, in [1, n].
+
+    Raises:
+        ValueError: If the shape is another or a norm is not 1.
+
+    Source: Friedman and Dieng, 2023 (arXiv 2210.02410), of order 1.
+    """
+    vectors = _unit_vectors(embeddings)
+    eigenvalues = torch.linalg.eigvalsh(vectors @ vectors.mT / vectors.shape[1])
+    # Rounding leaves eigenvalues of a singular matrix just below zero, where the entropy is not defined.
+    return torch.special.entr(eigenvalues.clamp(min=0.0)).sum(dim=-1).exp().cpu().numpy()
+
+
+def _scores(qualities: Sequence[Sequence[float | None]]) -> list[PerPrompt]:
+    """Scorable qualities of each prompt."""
+    rows = [np.asarray(row, dtype=np.float64) for row in qualities]  # None becomes nan
+    return [row[~np.isnan(row)] for row in rows]
+
+
+def quality(qualities: Sequence[Sequence[float | None]]) -> PerPrompt:
+    """Mean quality of each group's scorable responses.
+
+    Args:
+        qualities: Reward of each response, prompts x n; None or nan where it could not be scored.
+
+    Returns:
+        Shape `(prompts,)`; nan for a group without a scorable response.
+    """
+    return np.array([row.mean() if row.size else math.nan for row in _scores(qualities)], dtype=np.float64)
+
+
+def best_of_n(qualities: Sequence[Sequence[float | None]]) -> PerPrompt:
+    """Highest quality among each group's scorable responses.
+
+    An unscorable response is one try fewer, not a zero.
+
+    Args:
+        qualities: Reward of each response, prompts x n; None or nan where it could not be scored.
+
+    Returns:
+        Shape `(prompts,)`; nan for a group without a scorable response.
+    """
+    return np.array([row.max() if row.size else math.nan for row in _scores(qualities)], dtype=np.float64)
+
+
+def group_metrics(
+    groups: Groups,
+    embeddings: Tensor,
+    qualities: Sequence[Sequence[float | None]],
+    truncated: Sequence[Sequence[bool]],
+    token_counts: Sequence[Sequence[int]],
+) -> dict[str, PerPrompt]:
+    """Every metric of `METRICS` for every prompt.
+
+    Args:
+        groups: Responses, prompts x n, the same n >= 1 for every prompt.
+        embeddings: Their unit-norm embeddings, shape `(prompts, n, d)`.
+        qualities: Their rewards; None or nan where one could not be scored.
+        truncated: Whether each reached the token limit before it ended.
+        token_counts: Tokens of each.
+
+    Returns:
+        Metric name -> array of shape `(prompts,)`, in the order of `METRICS`.
+
+    Raises:
+        ValueError: If the inputs do not all hold the same prompts x n, or the embeddings are not of unit norm.
+    """
+    prompts, n = embeddings.shape[:2]
+    for name, rows in (
+        ("groups", groups),
+        ("qualities", qualities),
+        ("truncated", truncated),
+        ("token_counts", token_counts),
+    ):
+        if [len(row) for row in rows] != [n] * prompts:
+            sizes = sorted({len(row) for row in rows})
+            raise ValueError(
+                f"{name} must hold {prompts} prompts x {n} as the embeddings do, got {len(rows)} with rows of {sizes}"
+            )
+    return {
+        "quality": quality(qualities),
+        "best_of_n": best_of_n(qualities),
+        "distinct_1": distinct_n(groups, 1),
+        "distinct_2": distinct_n(groups, 2),
+        "distinct_4": distinct_n(groups, 4),
+        "self_bleu_diversity": self_bleu_diversity(groups),
+        "cosine_distance": cosine_distance(embeddings),
+        "log_volume": log_volume(embeddings),
+        "vendi_score": vendi_score(embeddings),
+        "duplicate_rate": duplicate_rate(groups),
+        "truncation_rate": np.array([np.mean(row) for row in truncated], dtype=np.float64),
+        "mean_tokens": np.array([np.mean(row) for row in token_counts], dtype=np.float64),
+    }

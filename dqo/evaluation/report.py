@@ -1,0 +1,499 @@
+"""The report of a run: one HTML file that needs nothing else, with the finding first and the evidence behind it.
+
+Responses are untrusted text: the template escapes everything, and the page forbids itself every request and every
+script but its own (a content security policy with that script's hash).
+"""
+
+import base64
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from dqo.evaluation import charts
+from dqo.evaluation.figures import (
+    History,
+    ModelResult,
+    curve,
+    measured,
+    styles,
+    unrelated_responses,
+    volume_bounds,
+    volume_of,
+)
+from dqo.evaluation.metrics import METRICS
+from dqo.evaluation.statistics import Interval, overlap
+from dqo.files import write_text
+from dqo.recipe import Recipe
+
+_MINUS = "\u2212"
+_NOT_MEASURED = "n/a"
+_SHOWN_FIRST = ("log_volume", "quality", "self_bleu_diversity", "best_of_n")
+# These look at words alone: nothing of them is in the objective, not even the sentence encoder.
+_WORD_DIVERSITY = ("distinct_1", "distinct_2", "distinct_4", "self_bleu_diversity")
+_DIVERSITY = ("log_volume", "self_bleu_diversity", "vendi_score", "distinct_2", "cosine_distance")
+# What the trainers log beside the metrics of METRICS.
+_TRAINING_LABELS = {
+    "loss": "Loss",
+    "demonstration_nll": "Demonstration NLL (nats)",
+    "bonus": "Leave-one-out bonus (nats)",
+    "entropy": "Entropy (nats a token)",
+    "kl": "KL to the SFT policy",
+    "frac_reward_zero_std": "Groups with equal rewards",
+    "reward_std": "Reward, standard deviation",
+    "unscorable_rate": "Unscorable",
+    "clip_ratio": "Clipped",
+    "grad_norm": "Gradient norm",
+    "learning_rate": "Learning rate",
+    "step_seconds": "Seconds a step",
+}
+
+
+@dataclass(frozen=True)
+class Response:
+    """One response and its reward; `None` where it could not be scored."""
+
+    text: str
+    quality: float | None
+    truncated: bool = False
+
+
+@dataclass(frozen=True)
+class Example:
+    """What every model answered to one prompt."""
+
+    prompt: str
+    responses: Mapping[str, Sequence[Response]]
+    """Model name -> its n responses in the order they were drawn."""
+    concepts: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Whether the model may become champion, and why."""
+
+    passed: bool
+    reasons: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Links:
+    """Where the run is in MLflow."""
+
+    command: str | None = None
+    """The command that opens MLflow, where it is not a server that runs anyway."""
+    experiment: str | None = None
+    """Address of the experiment."""
+    run: str | None = None
+    """Address of the pipeline's run."""
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """Everything the report shows.
+
+    Raises:
+        ValueError: If `models` lacks one of the two that the finding compares, `dqo` and `recipe.gate.against`.
+    """
+
+    recipe: Recipe
+    models: Sequence[ModelResult]
+    """In display order."""
+    prompts: int
+    """Evaluation prompts that were used."""
+    histories: Mapping[str, History]
+    """Stage or variant (`sft`, `reward_only`, `dqo`) -> its training history."""
+    examples: Sequence[Example]
+    """In the order shown. Picked by `first_examples`: the page says that nobody chose them."""
+    data_card: Mapping[str, Any]
+    """Contents of `card.json`."""
+    links: Links = Links()
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    """Versions, machine, duration, seeds: name -> value, shown as they are."""
+    differences: Mapping[str, Interval] = field(default_factory=dict)
+    """Metric -> `paired_difference` of `dqo` minus `recipe.gate.against`."""
+    gate: Gate | None = None
+    """`None` while nobody asked for promotion."""
+
+    def __post_init__(self) -> None:
+        missing = {"dqo", self.recipe.gate.against} - {model.name for model in self.models}
+        if missing:
+            raise ValueError(
+                f"models must hold {sorted(missing)}, which the finding compares, got "
+                f"{[model.name for model in self.models]}"
+            )
+
+    @cached_property
+    def by_name(self) -> dict[str, ModelResult]:
+        """The models by name."""
+        return {model.name: model for model in self.models}
+
+    @property
+    def model(self) -> ModelResult:
+        """The model that the run is about."""
+        return self.by_name["dqo"]
+
+    @property
+    def rival(self) -> ModelResult:
+        """The model it is compared with."""
+        return self.by_name[self.recipe.gate.against]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the numbers say, in one sentence."""
+
+    verdict: Literal["holds", "holds at a price", "quality loss", "not shown", "opposite", "not measured"]
+    sentence: str
+
+
+def first_examples(
+    rows: Iterable[Mapping[str, Any]], concepts: Mapping[str, Sequence[str]], count: int = 6
+) -> list[Example]:
+    """Take the first prompts in the order of their id, a hash of the prompt: nobody picks what looks good.
+
+    Args:
+        rows: Rows of `responses.jsonl`, of all models.
+        concepts: Prompt id -> its concepts; prompts without any may be left out.
+        count: Prompts to take.
+    """
+    grouped: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        grouped.setdefault(row["id"], []).append(row)
+    return [
+        Example(
+            prompt=grouped[key][0]["prompt"],
+            concepts=concepts.get(key, ()),
+            responses={
+                row["model"]: [
+                    Response(*drawn) for drawn in zip(row["responses"], row["qualities"], row["truncated"], strict=True)
+                ]
+                for row in grouped[key]
+            },
+        )
+        for key in sorted(grouped)[:count]
+    ]
+
+
+def find(data: ReportData) -> Finding:
+    """Say in one sentence whether the model is more diverse than its rival at an equal quality.
+
+    Diversity is the log-volume, and counts as different when the two intervals have no point in common. Quality may be
+    lower by at most the recipe's `gate.max_quality_loss`; a loss within it is called a price when the paired difference
+    lies below zero with its whole interval.
+    """
+    ours, theirs = data.model, data.rival
+    missing = [
+        f"the {METRICS[metric].label.lower()} of {model.label}"
+        for model in (ours, theirs)
+        for metric in ("log_volume", "quality")
+        if not measured([model], metric)
+    ]
+    if missing:
+        return Finding("not measured", f"This run allows no finding: {_listed(missing)} could not be measured.")
+
+    volume, other_volume = ours.metrics["log_volume"], theirs.metrics["log_volume"]
+    gain = volume.mean - other_volume.mean
+    change = ours.metrics["quality"].mean - theirs.metrics["quality"].mean
+    allowed = data.recipe.gate.max_quality_loss
+    spans = f"{ours.label} spans {abs(gain):.2f} nats {'more' if gain >= 0 else 'less'} volume than {theirs.label}"
+    lost, limit = _told_apart(-change, allowed)
+    costly = change < -allowed
+    if overlap(volume, other_volume):
+        bounds = (volume.low, volume.high, other_volume.low, other_volume.high)
+        reason = "the intervals overlap" if all(map(math.isfinite, bounds)) else "an interval is missing"
+        cost = f", a loss of more than the {limit} that the recipe allows" if costly else ""
+        return Finding(
+            "not shown",
+            f"No difference in diversity is shown: {spans}, but {reason}; "
+            f"the quality difference is {_MINUS + lost if costly else signed(change)}{cost}.",
+        )
+    if gain < 0:
+        return Finding("opposite", f"{spans} (intervals do not overlap), at a quality difference of {signed(change)}.")
+    if costly:
+        return Finding(
+            "quality loss",
+            f"{spans} (intervals do not overlap), but loses {lost} in quality, more than the {limit} that the recipe "
+            "allows.",
+        )
+    paired = data.differences.get("quality")
+    if paired is not None and paired.high < 0:
+        return Finding(
+            "holds at a price",
+            f"{spans} (intervals do not overlap) at the price of {lost} in quality, within the {limit} that the recipe "
+            "allows.",
+        )
+    return Finding("holds", f"{spans} (intervals do not overlap) at a quality difference of {signed(change)}.")
+
+
+def excludes_zero(difference: Interval | None) -> bool:
+    """Whether a paired difference is told apart from none; not when it or a bound is missing."""
+    return difference is not None and (difference.low > 0 or difference.high < 0)
+
+
+def agreement(data: ReportData) -> tuple[int, int]:
+    """How many measures of diversity that look at words alone confirm the finding.
+
+    Returns:
+        Measures whose intervals lie apart in favour of `dqo`, and measures that both models have.
+    """
+    both = [metric for metric in _WORD_DIVERSITY if len(measured([data.model, data.rival], metric)) == 2]
+    return sum(data.model.metrics[metric].low > data.rival.metrics[metric].high for metric in both), len(both)
+
+
+def number(value: float | None) -> str:
+    """Write a number as the tables do; `n/a` for what could not be measured."""
+    if value is None or not math.isfinite(value):
+        return _NOT_MEASURED
+    decimals = 2 if abs(value) < 100 else 0
+    text = f"{value:.{decimals}f}"
+    return text.replace("-", _MINUS) if float(text) else text.removeprefix("-")
+
+
+def signed(value: float) -> str:
+    """Write a difference: with its sign, unless it rounds to zero."""
+    text = number(value)
+    return f"+{text}" if text[0] != _MINUS and text != _NOT_MEASURED and float(text) else text
+
+
+def _told_apart(a: float, b: float) -> tuple[str, str]:
+    """Write two numbers with as many decimals, two or more, as it takes to see that they differ."""
+    for decimals in range(2, 6):
+        texts = f"{a:.{decimals}f}", f"{b:.{decimals}f}"
+        if texts[0] != texts[1]:
+            break
+    return texts
+
+
+def _listed(items: Sequence[str]) -> str:
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One model's value of one metric, and where its interval lies in the row's range (percent)."""
+
+    interval: Interval | None
+    rank: Literal["best", "not told apart", ""]
+    start: float = 0.0
+    width: float = 0.0
+    point: float = 0.0
+
+
+def _measured(interval: Interval | None) -> Interval | None:
+    return interval if interval is not None and math.isfinite(interval.mean) else None
+
+
+def _cells(models: Sequence[ModelResult], metric: str) -> list[_Cell]:
+    """A row of the metric table."""
+    known = [interval for model in models if (interval := _measured(model.metrics.get(metric)))]
+    ends = [end for i in known for end in (i.low, i.mean, i.high) if math.isfinite(end)]
+    low, high = (min(ends), max(ends)) if ends else (0.0, 0.0)
+    scale = 100 / (high - low) if high > low else 0.0
+    direction = METRICS[metric].direction
+    best = None
+    if direction != "neutral" and len({interval.mean for interval in known}) > 1:
+        best = (max if direction == "higher" else min)(known, key=lambda interval: interval.mean)
+
+    def rank(interval: Interval) -> Literal["best", "not told apart", ""]:
+        if best is None:
+            return ""
+        if interval.mean == best.mean:
+            return "best"
+        return "not told apart" if overlap(interval, best) else ""
+
+    cells = []
+    for model in models:
+        interval = _measured(model.metrics.get(metric))
+        if interval is None:
+            cells.append(_Cell(None, ""))
+            continue
+        start, end = (interval.low, interval.high) if _has_bounds(interval) else (interval.mean, interval.mean)
+        cells.append(
+            _Cell(
+                interval,
+                rank(interval),
+                scale * (start - low) if scale else 50.0,
+                scale * (end - start),
+                scale * (interval.mean - low) if scale else 50.0,
+            )
+        )
+    return cells
+
+
+def _has_bounds(interval: Interval) -> bool:
+    return math.isfinite(interval.low) and math.isfinite(interval.high)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """One response of an example as the page shows it."""
+
+    position: int
+    response: Response
+    repeats: int | None
+    """Position of the response it repeats but for case and white space."""
+
+
+def _with_repeats(responses: Sequence[Response]) -> list[_Shown]:
+    first: dict[str, int] = {}
+    shown = []
+    for position, response in enumerate(responses, start=1):
+        original = first.setdefault(" ".join(response.text.casefold().split()), position)
+        shown.append(_Shown(position, response, original if original != position else None))
+    return shown
+
+
+def _safe_url(address: str | None) -> str | None:
+    """Only web pages become links; anything else (`javascript:`, a file) is left out."""
+    return address if address and urlsplit(address).scheme in ("http", "https") else None
+
+
+def _flat(card: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested mappings as rows; the innermost ones share a row: `rows` -> `train 302, eval 58`."""
+    rows = []
+    for key, value in card.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if not isinstance(value, Mapping):
+            rows.append((name, _inline(value)))
+        elif any(isinstance(inner, Mapping) for inner in value.values()):
+            rows += _flat(value, f"{name}, ")
+        else:
+            parts = [f"{inner} {_inline(item)}".replace("_", " ") for inner, item in value.items()]
+            rows.append((name, ", ".join(parts) or "none"))
+    return rows
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(str(item) for item in value)
+    return "none" if value is None else str(value)
+
+
+def _curve_sets(data: ReportData, looks: Mapping[str, charts.Look], labels: Mapping[str, str]) -> dict[str, Any]:
+    """The two large charts of the RL variants, and the small ones of everything else that was logged."""
+    trained = {name: data.histories[name] for name in data.recipe.variants if name in data.histories}
+
+    def draw(histories: Mapping[str, History], metric: str, title: str, size: tuple[int, int], kind: str) -> Markup:
+        return charts.curves(histories, looks, labels, metric, title, size, kind, data.recipe.method.k)
+
+    def logged(histories: Mapping[str, History], metric: str) -> bool:
+        return any(len(curve(history, metric)[0]) for history in histories.values())
+
+    def title(metric: str) -> str:
+        return METRICS[metric].label if metric in METRICS else _TRAINING_LABELS[metric]
+
+    large = [
+        (draw(trained, metric, heading, (540, 320), "wide"), draw(trained, metric, heading, (360, 260), "narrow"))
+        for metric, heading in (("quality", "Quality (reward)"), ("log_volume", "Log-volume (nats)"))
+        if logged(trained, metric)
+    ]
+    everything = [*METRICS, *_TRAINING_LABELS]
+    sft = {"sft": data.histories["sft"]} if "sft" in data.histories else {}
+    small = [
+        draw(histories, metric, title(metric) + suffix, (300, 200), "small")
+        for histories, suffix, already in ((sft, " (SFT)", ()), (trained, "", ("quality", "log_volume")))
+        for metric in everything
+        if metric not in already and logged(histories, metric)
+    ]
+    return {"large": large, "small": small, "variants": list(trained)}
+
+
+def _recipe_rows(recipe: Recipe) -> list[tuple[str, str]]:
+    """The recipe in a few lines; the whole of it stands below them."""
+
+    def source(model: str, revision: str | None) -> str:
+        return f"{model} @ {revision}" if revision else model
+
+    lora = recipe.policy.lora
+    method, sft, rl, evaluation = recipe.method, recipe.sft, recipe.rl, recipe.evaluation
+    return [
+        ("Task", recipe.task),
+        ("Data", source(recipe.data.source, recipe.data.revision)),
+        ("Policy", source(recipe.policy.model, recipe.policy.revision)),
+        ("Trained weights", f"LoRA, rank {lora.r}, on {lora.target_modules}" if lora else "all"),
+        ("Sentence encoder", source(recipe.encoder.model, recipe.encoder.revision)),
+        ("Objective", f"quality + {method.alpha:g} \u00d7 log det(L + I) over groups of {method.k}"),
+        ("Advantage", f"{method.advantage}, quality scale {method.quality_scale}"),
+        ("SFT", f"{sft.steps} steps of {sft.prompts_per_step} prompts, lr {sft.learning_rate:g}, alpha {sft.alpha:g}"),
+        ("RL", f"{rl.steps} steps of {rl.prompts_per_step} prompts \u00d7 {method.k}, lr {rl.learning_rate:g}, "
+               f"beta {rl.beta:g}"),
+        ("Evaluation", f"{evaluation.n} responses a prompt, temperature {evaluation.sampling.temperature:g}, "
+                       f"at most {evaluation.sampling.max_new_tokens} tokens"),
+        ("Seed", str(recipe.seed)),
+        ("Recipe digest", recipe.digest),
+    ]  # fmt: skip
+
+
+def render(data: ReportData) -> str:
+    """Return the report as one HTML document."""
+    names = [model.name for model in data.models]
+    names += [name for name in data.histories if name not in names]
+    style = styles(names)
+    looks = {name: charts.Look(slot, style[name].marker) for slot, name in enumerate(names)}
+    labels = {name: data.by_name[name].label if name in data.by_name else style[name].label for name in names}
+    lineage = [("base", "sft"), *(("sft", variant) for variant in data.recipe.variants)]
+    n = data.recipe.evaluation.n
+    shown_metrics = [metric for metric in METRICS if any(metric in model.metrics for model in data.models)]
+    planes = [
+        (
+            metric,
+            [charts.plane(data.models, looks, metric, n, lineage, narrow) for narrow in (False, True)],
+            [model.label for model in data.models if not measured([model], metric, "quality")],
+        )
+        for metric in _DIVERSITY
+        if measured(data.models, metric, "quality")
+    ]
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "signed": signed, "link": _safe_url, "repeats": _with_repeats}
+    environment.tests["told_apart_from_zero"] = excludes_zero
+    script = (Path(__file__).parent / "report.js").read_text(encoding="utf-8")
+    volume, other_volume = (_measured(model.metrics.get("log_volume")) for model in (data.model, data.rival))
+    document = environment.get_template("report.html").render(
+        data=data,
+        recipe=data.recipe,
+        finding=find(data),
+        agreement=agreement(data),
+        key_metrics=[metric for metric in _SHOWN_FIRST if metric in shown_metrics],
+        unrelated=[unrelated_responses(v.mean, n) for v in (volume, other_volume) if v],
+        planes=planes,
+        curves=_curve_sets(data, looks, labels),
+        table=[
+            (METRICS[metric], _cells(data.models, metric), data.differences.get(metric)) for metric in shown_metrics
+        ],
+        cells=_cells,
+        metrics=METRICS,
+        has_bounds=_has_bounds,
+        looks=looks,
+        labels=labels,
+        style=style,
+        n=n,
+        k=data.recipe.method.k,
+        bounds=volume_bounds(n),
+        volumes=[(count, volume_of(count, n)) for count in range(1, n + 1) if n <= 10 or count in (1, 2, 4, 8, 16, n)],
+        card=_flat(data.data_card),
+        environment=_flat(data.environment),
+        recipe_rows=_recipe_rows(data.recipe),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+    # JSON can smuggle NUL, which HTML forbids, and lone surrogates, which have no UTF-8 form, into a response.
+    return document.replace("\0", "\ufffd").encode("utf-8", "replace").decode("utf-8")
+
+
+def write(data: ReportData, path: Path) -> None:
+    """Write the report; see `dqo.files.write_text`."""
+    write_text(path, render(data))

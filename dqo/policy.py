@@ -1,0 +1,198 @@
+"""Loading the model that is trained: tokenizer, base weights, adapters, and what identifies them in lineage."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from dqo.bundled import locate
+from dqo.errors import DQOError
+from dqo.files import write_text
+from dqo.recipe import Policy
+
+CHECKPOINT_CARD = "checkpoint.json"
+
+
+@dataclass(frozen=True)
+class CheckpointCard:
+    """What a trained checkpoint is and where it comes from; `checkpoint.json` beside the weights.
+
+    Attributes:
+        model: Name in the run: `sft`, `reward_only`, `dqo`.
+        weights: `adapter` (needs the base model) or `full`.
+        base_model: The recipe's name of the base model.
+        base_revision: Its hub revision or package version, `None` for a local directory.
+        stage_key: Digest over everything the stage read (recipe sections, data, parent checkpoint, library version).
+        data_digest: Digest of the training and evaluation rows.
+        recipe_digest: Digest of the whole recipe.
+        parent: `stage_key` of the checkpoint it was trained from, `None` for the base model.
+        steps: Optimiser steps.
+        mlflow_run_id: The run that trained it.
+    """
+
+    model: str
+    weights: str
+    base_model: str
+    base_revision: str | None
+    stage_key: str
+    data_digest: str
+    recipe_digest: str
+    parent: str | None
+    steps: int
+    mlflow_run_id: str
+
+    def write(self, folder: Path) -> None:
+        """Write the card into a checkpoint folder."""
+        write_text(folder / CHECKPOINT_CARD, json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "CheckpointCard":
+        """Read the card of a checkpoint folder.
+
+        Raises:
+            DQOError: If there is none, or it is not one of ours.
+        """
+        path = folder / CHECKPOINT_CARD
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise DQOError(f"{path}: missing; expected a checkpoint written by a training stage") from None
+        except (TypeError, ValueError) as error:
+            raise DQOError(f"{path}: not a checkpoint card ({error})") from None
+
+
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are faster than in float32 on this device."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return False
+
+
+def resolve_dtype(policy: Policy, device: torch.device) -> torch.dtype:
+    """Turn the recipe's `policy.dtype` into a torch dtype for this device."""
+    if policy.dtype != "auto":
+        return getattr(torch, policy.dtype)
+    # Trained weights stay in float32: bfloat16 cannot hold an optimiser's small updates.
+    return torch.bfloat16 if policy.lora is not None and computes_in_bfloat16(device) else torch.float32
+
+
+def default_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+
+
+def load_tokenizer(policy: Policy) -> PreTrainedTokenizerBase:
+    """Load the policy's tokenizer, padding on the left.
+
+    Raises:
+        DQOError: If it cannot be found or has no chat template.
+    """
+    location = locate(policy.model, policy.revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location.load, revision=location.hub_revision, padding_side="left")
+    except (OSError, ValueError) as error:
+        raise DQOError(_load_failure("tokenizer of policy.model", policy.model, error)) from error
+    if not tokenizer.chat_template:
+        raise DQOError(
+            f"policy.model {policy.model!r}: its tokenizer has no chat template; expected a chat or instruct model"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def stop_ids(policy: Policy) -> list[int]:
+    """Tokens that the model's generation configuration lists as ends of a response; empty where it lists none."""
+    location = locate(policy.model, policy.revision)
+    try:
+        listed = GenerationConfig.from_pretrained(location.load, revision=location.hub_revision or "main").eos_token_id
+    except OSError:
+        return []
+    return listed if isinstance(listed, list) else [listed] if listed is not None else []
+
+
+def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[int]:
+    """Every token that ends a response: the tokenizer's and those of the model's generation configuration."""
+    from_model = model.generation_config.eos_token_id if model.generation_config is not None else None
+    listed = from_model if isinstance(from_model, list) else [from_model]
+    return list(dict.fromkeys(i for i in [tokenizer.eos_token_id, *listed] if i is not None))
+
+
+def load_base(policy: Policy, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Load the base model's weights onto a device, in eval mode.
+
+    Raises:
+        DQOError: If the model cannot be found or loaded.
+    """
+    location = locate(policy.model, policy.revision)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            location.load, revision=location.hub_revision, dtype=dtype or resolve_dtype(policy, device)
+        )
+    except (OSError, ValueError) as error:
+        raise DQOError(_load_failure("policy.model", policy.model, error)) from error
+    return model.to(device).eval()
+
+
+def trainable(policy: Policy, device: torch.device, parent: Path | None) -> PreTrainedModel | PeftModel:
+    """Return the model to train: the base, or a parent checkpoint, with a trainable adapter unless `lora` is null.
+
+    Args:
+        policy: The recipe's policy section.
+        device: Where to put it.
+        parent: Folder of the checkpoint to continue from; `None` starts at the base model.
+    """
+    if policy.lora is None:
+        if parent is not None:
+            policy = policy.model_copy(update={"model": str(parent), "revision": None})
+        return load_base(policy, device)
+    base = load_base(policy, device)
+    if parent is not None:
+        return PeftModel.from_pretrained(base, str(parent), is_trainable=True)
+    lora = LoraConfig(
+        r=policy.lora.r,
+        lora_alpha=policy.lora.alpha,
+        lora_dropout=policy.lora.dropout,
+        target_modules=policy.lora.target_modules,
+        task_type=TaskType.CAUSAL_LM,
+    )
+    return get_peft_model(base, lora)
+
+
+def load_for_inference(policy: Policy, device: torch.device, checkpoint: Path | None) -> PreTrainedModel:
+    """Load the base model or a checkpoint for sampling, adapters merged.
+
+    The merge is made in float32 and rounded once: bfloat16 weights would swallow an adapter's small updates.
+    """
+    if checkpoint is None:
+        return load_base(policy, device)
+    if CheckpointCard.read(checkpoint).weights == "full":
+        return load_base(policy.model_copy(update={"model": str(checkpoint), "revision": None}), device)
+    base = load_base(policy, device, dtype=torch.float32)
+    merged: Any = PeftModel.from_pretrained(base, str(checkpoint)).merge_and_unload()
+    return merged.to(resolve_dtype(policy, device)).eval()
+
+
+def weights_digest(folder: Path) -> str:
+    """First 16 hex digits of the SHA-256 over a checkpoint's safetensors files, in name order."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def _load_failure(what: str, name: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"{what} {name!r}: cannot be loaded ({reason}); expected a local directory, a hub id that is reachable or in "
+        "the hub cache, or bundled:smollm2-135m-instruct"
+    )

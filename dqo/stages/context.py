@@ -1,0 +1,159 @@
+"""What every stage shares: where it works, what identifies its inputs, and how it tells the outside."""
+
+import errno
+import hashlib
+import json
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from dqo import __version__
+from dqo.errors import DQOError
+from dqo.files import write_text
+from dqo.progress import Progress
+from dqo.recipe import Recipe
+
+_DONE = "done.json"
+PIPELINE_FILE = "pipeline.json"
+
+
+@dataclass(frozen=True)
+class Context:
+    """One pipeline run as a stage sees it.
+
+    Attributes:
+        recipe: The validated recipe.
+        workspace: Folder that outlives tasks and runs: checkpoints, finished stages, progress.
+        mlflow_uri: Tracking URI.
+        parent_run_id: The pipeline's MLflow run; empty only in `prepare`, which opens it.
+    """
+
+    recipe: Recipe
+    workspace: Path
+    mlflow_uri: str
+    parent_run_id: str = ""
+
+    @classmethod
+    def after_prepare(cls, recipe: Recipe, workspace: Path, mlflow_uri: str, data: Path) -> "Context":
+        """The context of a later stage: the pipeline's MLflow run is named in the prepared data.
+
+        Raises:
+            DQOError: If `data` was not written by the prepare stage.
+        """
+        path = data / PIPELINE_FILE
+        try:
+            return cls(recipe, workspace, mlflow_uri, json.loads(path.read_text(encoding="utf-8"))["mlflow_run_id"])
+        except (OSError, ValueError, KeyError):
+            raise DQOError(f"{path}: missing or unreadable; expected the folder written by the prepare stage") from None
+
+    @property
+    def progress_file(self) -> Path:
+        """Where the stages of this recipe report to."""
+        return self.workspace / "progress" / f"{self.recipe.name}-{self.recipe.digest}.jsonl"
+
+
+def stage_key(**inputs: Any) -> str:
+    """Digest of everything a stage's output depends on, the library's version included; 12 hex digits."""
+    text = json.dumps({"version": __version__, **inputs}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+class StageFolder:
+    """A stage's place in the workspace: `stages/<name>-<key>/`, with `output/` once it is finished.
+
+    Attributes:
+        path: The folder; checkpoints and partial work go here.
+        output: What `publish` hands on.
+    """
+
+    def __init__(self, workspace: Path, name: str, key: str) -> None:
+        self.path = workspace / "stages" / f"{name}-{key}"
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.output = self.path / "output"
+
+    @property
+    def finished(self) -> bool:
+        """Whether an earlier call has finished this stage."""
+        return (self.path / _DONE).is_file() and self.output.is_dir()
+
+    def finish(self) -> None:
+        """Mark the output as complete; nothing may be written to it afterwards."""
+        write_text(self.path / _DONE, json.dumps({"version": __version__}) + "\n")
+
+    def fresh_output(self) -> Path:
+        """Return an empty output folder, dropping what an interrupted call left in it."""
+        (self.path / _DONE).unlink(missing_ok=True)
+        shutil.rmtree(self.output, ignore_errors=True)
+        self.output.mkdir()
+        return self.output
+
+    def publish(self, destination: Path) -> None:
+        """Copy the finished output to a component's artifact path, which must not hold anything else."""
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = destination.with_name(f".{destination.name}.part")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(self.output, unfinished)
+        if destination.exists():
+            shutil.rmtree(destination)
+        unfinished.rename(destination)
+
+
+@contextmanager
+def running(context: Context, name: str, key: str) -> Iterator[tuple[StageFolder, Progress]]:
+    """Hold a stage's folder for one call and report its start, end or error.
+
+    Only one process works on a key at a time; a second one waits and then finds the output finished.
+
+    Args:
+        context: The pipeline run.
+        name: Stage name, e.g. `rl-dqo`.
+        key: See `stage_key`.
+
+    Raises:
+        DQOError: As the stage raises it; a full disk is turned into one.
+    """
+    progress = Progress(context.progress_file, name)
+    # Kubernetes and `dqo run` end a task with SIGTERM; as an interrupt it still closes the MLflow run.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        folder = StageFolder(context.workspace, name, key)
+        with FileLock(folder.path / ".lock"):
+            progress("cached" if folder.finished else "start")
+            yield folder, progress
+        progress("done")
+    except KeyboardInterrupt:
+        progress("error", message="interrupted")
+        raise
+    except DQOError as error:
+        progress("error", message=str(error))
+        raise
+    except Exception as error:
+        message = full_disk_message(error, context.workspace)
+        progress("error", message=message or f"{type(error).__name__}: {error}")
+        if message:
+            raise DQOError(message) from error
+        raise
+
+
+def full_disk_message(error: BaseException, folder: Path) -> str | None:
+    """Say what to do if an exception, or what caused it, means that the disk is full; else None.
+
+    torch and safetensors report a full disk in exceptions of their own, without an errno.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        full = isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(seen) or "os error 28" in str(seen) or "disk is full" in str(seen):
+            free = shutil.disk_usage(folder).free
+            return (
+                f"{folder}: the disk is full ({free / 2**20:.0f} MiB free) while writing a checkpoint or result; "
+                "free some space and repeat the same command: it continues from the newest complete checkpoint"
+            )
+        seen = seen.__cause__ or seen.__context__
+    return None

@@ -1,0 +1,79 @@
+"""Stage 5: the DQO checkpoint becomes a model version with its lineage; the gate decides about `champion`."""
+
+import json
+from pathlib import Path
+
+from dqo import registry, tracking
+from dqo.errors import DQOError
+from dqo.files import write_text
+from dqo.policy import CheckpointCard, weights_digest
+from dqo.stages.context import Context, running, stage_key
+
+
+def run(
+    context: Context, checkpoints: list[Path], evaluation: Path, registration: Path, pipeline_run: str = ""
+) -> None:
+    """Register the DQO checkpoint.
+
+    Args:
+        context: The pipeline run.
+        checkpoints: Folders written by `rl`.
+        evaluation: Folder written by `evaluate`.
+        registration: File to write: name, version, aliases, gate (JSON).
+        pipeline_run: The Kubeflow run's id, for lineage.
+
+    Raises:
+        DQOError: If no DQO checkpoint was handed over or MLflow does not answer.
+    """
+    recipe = context.recipe
+    found = [path for path in checkpoints if CheckpointCard.read(path).model == "dqo"]
+    if len(found) != 1:
+        raise DQOError(f"register: expected one checkpoint of the model 'dqo', got {len(found)}")
+    checkpoint = found[0]
+    card = CheckpointCard.read(checkpoint)
+    result = json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8"))
+    gate = registry.read_gate(evaluation / "evaluation.json")
+    key = stage_key(
+        checkpoint=card.stage_key,
+        name=recipe.registry.name,
+        gate=result["gate"],
+        metrics=result["models"]["dqo"],
+        parent_run=context.parent_run_id,
+    )
+    with running(context, "register", key) as (folder, progress):
+        tracking.connect(recipe, context.mlflow_uri)
+        with tracking.child_run(context.parent_run_id, "register", "register", key) as run_:
+            if not folder.finished:
+                tags = {
+                    "dqo.stage_key": card.stage_key,
+                    "dqo.recipe": recipe.name,
+                    "dqo.recipe_digest": recipe.digest,
+                    "dqo.pipeline_mlflow_run": context.parent_run_id,
+                    "dqo.pipeline_run": pipeline_run,
+                    "dqo.data_digest": card.data_digest,
+                    "dqo.base_model": card.base_model,
+                    "dqo.base_revision": card.base_revision or "",
+                    "dqo.weights_digest": weights_digest(checkpoint),
+                    "dqo.alpha": recipe.method.alpha,
+                    "dqo.k": recipe.method.k,
+                }
+                means = {
+                    name: m["mean"] for name, m in result["models"]["dqo"]["metrics"].items() if m["mean"] is not None
+                }
+                uri = registry.log_model(card.mlflow_run_id, checkpoint, recipe.registry.name)
+                version, aliases = registry.register(recipe.registry.name, card.mlflow_run_id, uri, tags, means, gate)
+                output = folder.fresh_output()
+                document = {
+                    "name": recipe.registry.name,
+                    "version": version,
+                    "aliases": aliases,
+                    "model_uri": f"models:/{recipe.registry.name}/{version}",
+                    "gate": result["gate"],
+                }
+                write_text(output / "registration.json", json.dumps(document, indent=2) + "\n")
+                folder.finish()
+                progress("step", 1, 1, f"{recipe.registry.name} version {version} ({', '.join(aliases)})")
+            document = json.loads((folder.output / "registration.json").read_text(encoding="utf-8"))
+            run_.tags({"dqo.model_version": f"{document['name']}/{document['version']}"})
+        tracking.Run(context.parent_run_id).finish()
+        write_text(registration, json.dumps(document, indent=2) + "\n")

@@ -1,0 +1,110 @@
+"""Stage 3: DQO-RL and its baselines, policy gradient on the reward plus alpha times the group's volume."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from dqo import tracking
+from dqo.data import DataCard, read_rows
+from dqo.errors import DQOError
+from dqo.policy import CheckpointCard
+from dqo.stages.context import Context, running, stage_key
+from dqo.stages.training import configuration, parameters, publish, train
+from dqo.tasks import get_task
+from dqo.tasks.base import Task
+
+
+class TaskReward:
+    """A task's reward in the form TRL calls, checked at the door.
+
+    Args:
+        task: Its `reward(response, row)` is called for each response.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self.__name__ = f"{task.name}_reward"  # TRL's name for it in logs
+
+    def __call__(self, completions: list[Any], **columns: Any) -> list[float | None]:
+        """Score responses; None or NaN leaves the response out of its group.
+
+        Raises:
+            DQOError: If the reward is infinite or not a number.
+        """
+        rewards = []
+        for index, completion in enumerate(completions):
+            row = {name: columns[name][index] for name in ("references", *self._task.fields)}
+            text = completion if isinstance(completion, str) else completion[-1]["content"]
+            value = self._task.reward(text, row)
+            if value is not None and (not isinstance(value, (int, float)) or math.isinf(value)):
+                raise DQOError(
+                    f"reward of task {self._task.name!r}: got {value!r} for the response {text[:80]!r}; expected a "
+                    "finite number, or None where the response cannot be judged"
+                )
+            rewards.append(value)
+        return rewards
+
+
+def run(context: Context, variant: str, data: Path, parent: Path, checkpoint: Path) -> None:
+    """Train one variant from the SFT checkpoint.
+
+    Args:
+        context: The pipeline run.
+        variant: `dqo`, or a baseline of the recipe; `reward_only` is the same with alpha = 0.
+        data: Folder written by `prepare`.
+        parent: Checkpoint written by `sft`.
+        checkpoint: Folder to write: weights, checkpoint.json, history.jsonl.
+
+    Raises:
+        DQOError: If the variant is not the recipe's, a model cannot be loaded or no response can be scored.
+    """
+    recipe = context.recipe
+    if variant not in recipe.variants:
+        raise DQOError(f"variant {variant!r}: not in this recipe; expected one of: {', '.join(recipe.variants)}")
+    card = DataCard.read(data / "card.json")
+    alpha = recipe.method.alpha if variant == "dqo" else 0.0
+    key = stage_key(
+        rl=recipe.rl.model_dump(),
+        # alpha alone tells the variants apart, so a changed alpha does not repeat the baseline.
+        method=recipe.method.model_dump(exclude={"baselines", "alpha"}) | {"alpha": alpha},
+        encoder=recipe.encoder.model_dump(),
+        policy=recipe.policy.model_dump(),
+        seed=recipe.seed,
+        task=recipe.task,
+        data=card.digest,
+        parent=CheckpointCard.read(parent).stage_key,
+    )
+    name = f"rl-{variant}"
+    with running(context, name, key) as (folder, progress):
+        tracking.connect(recipe, context.mlflow_uri)
+        with tracking.child_run(context.parent_run_id, name, "rl", key) as run_:
+            rollout = recipe.rl.rollout
+            args = configuration(
+                recipe,
+                recipe.rl,
+                folder.path,
+                quality="reward",
+                alpha=alpha,
+                max_completion_length=recipe.rl.sampling.max_new_tokens,
+                temperature=recipe.rl.sampling.temperature,
+                top_p=recipe.rl.sampling.top_p,
+                top_k=recipe.rl.sampling.top_k,
+                beta=recipe.rl.beta,
+                loss_type=recipe.rl.loss_type,
+                scale_rewards=recipe.method.quality_scale,
+                use_vllm=rollout.engine == "vllm",
+                vllm_mode=rollout.mode,
+                vllm_server_base_url=rollout.server_base_url,
+                vllm_gpu_memory_utilization=rollout.gpu_memory_utilization,
+            )
+            rows = read_rows(data / "train.jsonl")
+            run_.params({"variant": variant, **parameters(recipe, args)})
+            run_.dataset(rows, card.task, card.digest, card.source, "training")
+            if not folder.finished:
+                train(
+                    context, folder, progress, run_,
+                    model_name=variant, key=key, args=args, rows=rows, parent=parent, card=card,
+                    prompts_per_step=recipe.rl.prompts_per_step, reward=TaskReward(get_task(recipe.task)),
+                    table_every=recipe.rl.log_completions_every,
+                )  # fmt: skip
+            publish(folder, run_, checkpoint)

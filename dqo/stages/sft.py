@@ -1,0 +1,75 @@
+"""Stage 2: DQO-SFT, the likelihood of demonstrations plus alpha times the volume of rollouts."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from dqo import tracking
+from dqo.data import DataCard, encode_demonstration, read_rows
+from dqo.policy import load_tokenizer, stop_ids
+from dqo.stages.context import Context, running, stage_key
+from dqo.stages.training import configuration, parameters, publish, train
+
+
+def run(context: Context, data: Path, checkpoint: Path) -> None:
+    """Train the base model on demonstrations.
+
+    Args:
+        context: The pipeline run.
+        data: Folder written by `prepare`.
+        checkpoint: Folder to write: weights, checkpoint.json, history.jsonl.
+
+    Raises:
+        DQOError: If a model cannot be loaded or a demonstration does not fit the chat template.
+    """
+    recipe = context.recipe
+    card = DataCard.read(data / "card.json")
+    method = recipe.method.model_dump(exclude={"baselines", "alpha"}) if recipe.sft.alpha else {}
+    key = stage_key(
+        sft=recipe.sft.model_dump(),
+        method=method,
+        encoder=recipe.encoder.model_dump() if recipe.sft.alpha else None,
+        sampling=recipe.rl.sampling.model_dump() if recipe.sft.alpha else None,
+        policy=recipe.policy.model_dump(),
+        seed=recipe.seed,
+        data=card.digest,
+    )
+    with running(context, "sft", key) as (folder, progress):
+        tracking.connect(recipe, context.mlflow_uri)
+        with tracking.child_run(context.parent_run_id, "sft", "sft", key) as run_:
+            source = read_rows(data / "train.jsonl")
+            args = configuration(
+                recipe,
+                recipe.sft,
+                folder.path,
+                quality="demonstration",
+                alpha=recipe.sft.alpha,
+                # Without rollouts a group is only the trainer's way to count, and two is the least it takes.
+                num_generations=recipe.method.k if recipe.sft.alpha > 0 else 2,
+                max_completion_length=recipe.rl.sampling.max_new_tokens,
+                temperature=recipe.rl.sampling.temperature,
+                top_p=recipe.rl.sampling.top_p,
+                top_k=recipe.rl.sampling.top_k,
+                beta=0.0,
+                loss_type="dr_grpo",
+                scale_rewards="none",
+            )
+            run_.params({"variant": "sft", **parameters(recipe, args)})
+            run_.dataset(source, card.task, card.digest, card.source, "training")
+            if not folder.finished:
+                tokenizer, ends = load_tokenizer(recipe.policy), stop_ids(recipe.policy)
+                rows = [
+                    {
+                        "prompt": row["prompt"],
+                        "demonstrations": [
+                            asdict(encode_demonstration(tokenizer, row["prompt"], reference, ends))
+                            for reference in row["references"]
+                        ],
+                    }
+                    for row in source
+                ]
+                train(
+                    context, folder, progress, run_,
+                    model_name="sft", key=key, args=args, rows=rows, parent=None, card=card,
+                    prompts_per_step=recipe.sft.prompts_per_step,
+                )  # fmt: skip
+            publish(folder, run_, checkpoint)

@@ -1,0 +1,258 @@
+"""MLflow: where it is, the pipeline's parent run, and a child run for each stage and variant.
+
+Every stage finds its own child run by the stage's key, so a stage that is repeated or resumed continues the same run
+instead of leaving a second one behind.
+"""
+
+import json
+import logging
+import math
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from dqo import __version__
+from dqo.errors import DQOError
+from dqo.files import write_text
+from dqo.recipe import Recipe
+
+# MLflow reads these once, at import; an unreachable server must fail in seconds, before anything is trained.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+PARENT_TAG = "mlflow.parentRunId"
+KEY_TAG = "dqo.stage_key"
+STAGE_TAG = "dqo.stage"
+
+
+def default_uri(folder: Path) -> str:
+    """The sqlite store of a local installation."""
+    return f"sqlite:///{(folder / 'mlflow.db').resolve()}"
+
+
+def check_reachable(uri: str) -> None:
+    """Fail now if MLflow does not answer.
+
+    Raises:
+        DQOError: Naming the URI, what happened and what to do.
+    """
+    parsed = urlparse(uri)
+    if parsed.scheme in ("http", "https"):
+        try:
+            port = parsed.port or (443 if parsed.scheme == "https" else 80)
+            socket.create_connection((parsed.hostname or "", port), timeout=5).close()
+        except (OSError, ValueError) as error:
+            raise DQOError(_unreachable(uri, str(error))) from None
+    elif parsed.scheme == "sqlite":
+        folder = Path(uri.removeprefix("sqlite:///")).parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DQOError(_unreachable(uri, f"{folder}: {error.strerror}")) from None
+    elif parsed.scheme not in ("postgresql", "postgresql+psycopg2", "mysql", "databricks"):
+        raise DQOError(
+            f"tracking.uri {uri!r}: unknown kind of address; expected http(s)://host:port, sqlite:///file.db or a "
+            "database URI that MLflow takes"
+        )
+    import mlflow
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it narrates the creation of its tables
+    try:
+        mlflow.MlflowClient(uri).search_experiments(max_results=1)
+    except Exception as error:  # MLflow lets database and HTTP errors of many kinds through
+        raise DQOError(_unreachable(uri, str(error).strip().splitlines()[0][:300])) from None
+
+
+def _unreachable(uri: str, reason: str) -> str:
+    return (
+        f"tracking.uri {uri!r}: MLflow does not answer ({reason}); start it, correct tracking.uri or "
+        "MLFLOW_TRACKING_URI, or leave both out for a local sqlite store. Nothing was trained."
+    )
+
+
+def connect(recipe: Recipe, uri: str) -> str:
+    """Point MLflow at a store and make sure the experiment exists; returns the experiment id.
+
+    Raises:
+        DQOError: If MLflow does not answer.
+    """
+    check_reachable(uri)
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name(recipe.tracking.experiment)
+    if experiment is None:
+        location = None
+        if uri.startswith("sqlite:///"):
+            location = (Path(uri.removeprefix("sqlite:///")).parent / "mlflow-artifacts").resolve().as_uri()
+        with suppress(mlflow.exceptions.MlflowException):  # another process may have made it in this moment
+            client.create_experiment(
+                recipe.tracking.experiment,
+                artifact_location=location,
+                # MLflow's page opens on training runs then, not on its view of chat traces.
+                tags={"mlflow.experimentKind": "custom_model_development"},
+            )
+        experiment = client.get_experiment_by_name(recipe.tracking.experiment)
+        if experiment is None:
+            raise DQOError(f"tracking.experiment {recipe.tracking.experiment!r}: MLflow could not create it")
+    if experiment.lifecycle_stage != "active":
+        raise DQOError(
+            f"tracking.experiment {recipe.tracking.experiment!r}: deleted in MLflow; restore it or name another one"
+        )
+    return experiment.experiment_id
+
+
+def open_parent(recipe: Recipe, experiment_id: str, workspace: Path) -> str:
+    """Return the run that all stages of one pipeline run belong to, creating it on the first call.
+
+    Kubeflow Pipelines' MLflow plugin injects MLFLOW_RUN_ID: then that run is the parent. Else the id is remembered in
+    the workspace by recipe digest, so that repeating an interrupted pipeline continues the same run.
+    """
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    memory = workspace / "runs" / f"{recipe.name}-{recipe.digest}.json"
+    run_id = os.environ.get("MLFLOW_RUN_ID")
+    if run_id is None and memory.is_file():
+        remembered = json.loads(memory.read_text(encoding="utf-8"))["run_id"]
+        with suppress(mlflow.exceptions.MlflowException):
+            if client.get_run(remembered).info.lifecycle_stage == "active":
+                run_id = remembered
+    if run_id is None:
+        run_id = client.create_run(experiment_id, run_name=recipe.name, tags={STAGE_TAG: "pipeline"}).info.run_id
+        write_text(memory, json.dumps({"run_id": run_id}) + "\n")
+    client.update_run(run_id, status="RUNNING")
+    for key, value in {
+        "dqo.recipe": recipe.name,
+        "dqo.recipe_digest": recipe.digest,
+        "dqo.task": recipe.task,
+        "dqo.version": __version__,
+    }.items():
+        client.set_tag(run_id, key, value)
+    client.log_text(run_id, recipe.to_yaml(), "recipe.yaml")
+    return run_id
+
+
+class Run:
+    """A thin handle on one MLflow run: logs by id, so that no global "active run" is involved.
+
+    Attributes:
+        id: The run's id.
+        new: Whether this call has made it; False when an earlier call's run is continued.
+    """
+
+    def __init__(self, run_id: str, new: bool = False) -> None:
+        import mlflow
+
+        self.id = run_id
+        self.new = new
+        self._client = mlflow.MlflowClient()
+
+    def params(self, values: dict[str, Any]) -> None:
+        """Log parameters; those already logged with the same value are left alone (MLflow refuses a change)."""
+        from mlflow.entities import Param
+
+        known = self._client.get_run(self.id).data.params
+        new = [Param(key, str(value)[:6000]) for key, value in values.items() if key not in known]
+        if new:
+            self._client.log_batch(self.id, params=new)
+
+    def metrics(self, values: dict[str, float], step: int = 0) -> None:
+        """Log finite metrics of one step in one request."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        entries = [Metric(key, float(value), now, step) for key, value in values.items() if math.isfinite(value)]
+        if entries:
+            self._client.log_batch(self.id, metrics=entries)
+
+    def tags(self, values: dict[str, Any]) -> None:
+        """Set tags."""
+        for key, value in values.items():
+            self._client.set_tag(self.id, key, str(value))
+
+    def folder(self, path: Path, artifact_path: str) -> None:
+        """Upload a folder's files."""
+        self._client.log_artifacts(self.id, str(path), artifact_path)
+
+    def file(self, path: Path, artifact_path: str | None = None) -> None:
+        """Upload one file."""
+        self._client.log_artifact(self.id, str(path), artifact_path)
+
+    def table(self, columns: dict[str, list[Any]], name: str) -> None:
+        """Log a table that MLflow's page shows; appends when the table exists."""
+        self._client.log_table(self.id, columns, name)
+
+    def figure(self, figure: Any, name: str) -> None:
+        """Log a matplotlib figure."""
+        self._client.log_figure(self.id, figure, name)
+
+    def dataset(self, rows: list[dict[str, Any]], name: str, digest: str, source: str, context: str) -> None:
+        """Attach a data set (by its digest and schema) as an input of the run."""
+        import pandas
+        from mlflow.data.pandas_dataset import from_pandas
+        from mlflow.entities import DatasetInput, InputTag
+
+        frame = pandas.DataFrame(
+            {
+                "prompt": [row["prompt"][-1]["content"] for row in rows],
+                "references": ["\n".join(row["references"]) for row in rows],
+            }
+        )
+        dataset = from_pandas(frame, source=source, name=name, digest=digest[:36])
+        self._client.log_inputs(
+            self.id,
+            datasets=[
+                DatasetInput(dataset=dataset._to_mlflow_entity(), tags=[InputTag("mlflow.data.context", context)])
+            ],
+        )
+
+    def finish(self, status: str = "FINISHED") -> None:
+        """End the run with a status."""
+        self._client.set_terminated(self.id, status)
+
+
+@contextmanager
+def child_run(parent_id: str, name: str, stage: str, key: str) -> Iterator[Run]:
+    """Start or continue the child run of one stage; ends it as FINISHED, KILLED or FAILED.
+
+    The pipeline's run shares an unhappy end; `register`, the last stage, finishes it.
+
+    Args:
+        parent_id: The pipeline's run.
+        name: What the page shows, e.g. `rl-dqo`.
+        stage: Value of the tag `dqo.stage`.
+        key: The stage's key; with the name it identifies the run to continue.
+    """
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    experiment_id = client.get_run(parent_id).info.experiment_id
+    found = client.search_runs(
+        [experiment_id],
+        f"tags.`{PARENT_TAG}` = '{parent_id}' and tags.`{KEY_TAG}` = '{key}' and tags.`dqo.name` = '{name}'",
+        max_results=1,
+    )
+    if found:
+        run = Run(found[0].info.run_id)
+        client.update_run(run.id, status="RUNNING")
+        client.update_run(parent_id, status="RUNNING")
+    else:
+        tags = {PARENT_TAG: parent_id, KEY_TAG: key, STAGE_TAG: stage, "dqo.name": name}
+        run = Run(client.create_run(experiment_id, run_name=name, tags=tags).info.run_id, new=True)
+    try:
+        yield run
+    except BaseException as error:
+        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        run.finish(status)
+        Run(parent_id).finish(status)
+        raise
+    run.finish()

@@ -1,0 +1,312 @@
+"""DQO on TRL's GRPOTrainer: the group's volume enters the advantage, nothing else of the trainer changes.
+
+    J(theta) = E_x[ quality + alpha * E[log det(L + I)] - beta * KL ]
+
+DQO-RL takes quality from rewards. DQO-SFT takes it from the demonstration's likelihood, log pi(y*|x), and uses rollouts
+only for the volume term [ours: the paper's SFT loss is not known to us]. The rewards of TRL's batch and the responses'
+embeddings are gathered over all processes before any group is formed, so a group that is split across processes is
+scored whole.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from trl import GRPOConfig, GRPOTrainer
+from trl.models import unwrap_model_for_generation
+
+from dqo import generation
+from dqo.advantage import group_advantages
+from dqo.data import Demonstration
+from dqo.determinant import leave_one_out_bonus, log_volume
+from dqo.embedding import ResponseEncoder
+from dqo.errors import DQOError
+from dqo.recipe import Sampling
+from dqo.shared_prompt import add_shared_prompt_forward, has_plain_head
+
+
+@dataclass
+class DQOConfig(GRPOConfig):
+    """GRPOConfig plus the determinantal term; `num_generations` is k."""
+
+    alpha: float = field(default=1.0, metadata={"help": "Weight of the log-volume, in units of quality per nat."})
+    advantage: Literal["paper", "centred", "decoupled"] = field(
+        default="decoupled", metadata={"help": "How the bonus enters the advantage; see dqo.advantage."}
+    )
+    kernel_scale: float = field(default=1.0, metadata={"help": "Factor on the embeddings."})
+    quality: Literal["reward", "demonstration"] = field(
+        default="reward", metadata={"help": "DQO-RL (reward functions) or DQO-SFT (likelihood of a demonstration)."}
+    )
+    measure_diversity: bool = field(
+        default=True, metadata={"help": "With alpha = 0, embed rollouts all the same, to log their volume."}
+    )
+    share_prompts: bool = field(
+        default=True,
+        metadata={"help": "Compute each distinct prompt once, in sampling and in the update, where the model allows."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_generations is None or self.num_generations < 2:
+            raise ValueError(f"num_generations (k) must be at least 2, got {self.num_generations}")
+        if self.alpha < 0:
+            raise ValueError(f"alpha must not be negative, got {self.alpha}")
+        if self.advantage == "paper" and self.scale_rewards != "none":
+            raise ValueError(
+                f"advantage 'paper' is r + alpha * b as it stands; scale_rewards must be 'none', got "
+                f"{self.scale_rewards!r}"
+            )
+
+
+class DQOTrainer(GRPOTrainer):
+    """GRPOTrainer whose advantages hold each response's contribution to the volume of its group.
+
+    Args:
+        encoder: Frozen sentence encoder; needed unless `alpha` is 0 and diversity is not measured.
+        args: Configuration.
+        reward_funcs: TRL reward functions; none for `quality="demonstration"`.
+        kwargs: Everything else that `GRPOTrainer` takes. For `quality="demonstration"` the data set has a column
+            `demonstrations`: per row a list of `{"input_ids", "labels"}` (see `dqo.data.encode_demonstration`).
+    """
+
+    args: DQOConfig
+
+    def __init__(
+        self,
+        *,
+        args: DQOConfig,
+        encoder: ResponseEncoder | None = None,
+        reward_funcs: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if args.quality == "demonstration":
+            if reward_funcs is not None:
+                raise ValueError("quality='demonstration' takes no reward functions")
+            reward_funcs = _no_reward
+        self.encoder = encoder
+        self._embeds = args.alpha > 0 or (args.measure_diversity and args.quality == "reward")
+        if self._embeds and encoder is None:
+            raise ValueError("an encoder is needed for alpha > 0 and for measuring diversity")
+        super().__init__(args=args, reward_funcs=reward_funcs, **kwargs)
+        wrapped: Any = self.model
+        base: Any = wrapped.get_base_model() if isinstance(wrapped, PeftModel) else wrapped
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self._shares_prompts = (
+            args.share_prompts and generation.shares_prompts(base.config) and not self._is_vlm and not sharded
+        )
+        self._scores_shared = self._shares_prompts and has_plain_head(base) and not args.gradient_checkpointing
+        if self._scores_shared:
+            add_shared_prompt_forward(base, self.temperature)
+        self._gathered_rewards = torch.empty(0)
+        self._gathered_embeddings = torch.empty(0)
+        self._encoder_cut_share = 0.0
+
+    # Rollouts ---------------------------------------------------------------------------------------------------
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):  # type: ignore[no-untyped-def]
+        handled = (
+            self._shares_prompts
+            and not self.use_vllm
+            and not self.use_transformers_continuous_batching
+            and not multimodal_fields
+            and self.min_p is None
+            and self.repetition_penalty == 1.0
+            and self.args.generation_kwargs is None
+        )
+        if not handled:
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
+        sampling = Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k or 0,
+            max_new_tokens=self.max_completion_length,
+        )
+        with (
+            unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model,
+            self.accelerator.autocast(),
+        ):
+            training = model.training
+            model.eval()
+            try:
+                responses = generation.sample(
+                    model, prompt_ids, sampling, self.eos_token_ids, self._tokenizer.pad_token_id
+                )
+            finally:
+                model.train(training)
+        return responses, None
+
+    # Scoring ----------------------------------------------------------------------------------------------------
+
+    def _calculate_rewards(
+        self, inputs: list[dict[str, Any]], prompts: Any, completions: Any, completion_ids_list: list[list[int]]
+    ) -> Tensor:
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if torch.isnan(rewards).all():
+            raise DQOError(
+                f"reward {', '.join(self.reward_func_names)}: no response of the step could be scored (all "
+                f"{len(rewards)} rewards are None or NaN); expected at least one number"
+            )
+        self._gathered_rewards = rewards
+        if self._embeds:
+            assert self.encoder is not None
+            embedded = self.encoder([_text(completion) for completion in completions])
+            self._encoder_cut_share = embedded.cut_share
+            vectors = embedded.vectors.to(self.accelerator.device)
+            # k x d floats a group are cheap to move; similarities of a part of a group are not a part of its volume.
+            self._gathered_embeddings = self.accelerator.gather(vectors)
+        return rewards
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        demonstrates = self.args.quality == "demonstration"
+        if demonstrates and self.args.alpha == 0:
+            return self._demonstrations(inputs)
+        output = super()._generate_and_score_completions(inputs)
+        model: Any = self.model
+        mode = "train" if model.training else "eval"
+        k: Any = self.num_generations if mode == "train" else self.num_generations_eval
+        weights = self.reward_weights.to(self._gathered_rewards.device)
+        unscorable = torch.isnan(self._gathered_rewards).all(dim=1)
+        rewards = (self._gathered_rewards * weights).nansum(dim=1).masked_fill(unscorable, torch.nan).view(-1, k)
+        mask = ~unscorable.view(-1, k)
+        if self._embeds:
+            embeddings = self._gathered_embeddings.view(-1, k, self._gathered_embeddings.shape[-1])
+            bonus = leave_one_out_bonus(embeddings, mask, self.args.kernel_scale)
+            volume = log_volume(embeddings, mask, self.args.kernel_scale)
+        else:
+            bonus, volume = torch.zeros_like(rewards), None
+        scale: Any = self.args.scale_rewards
+        advantages = group_advantages(rewards, bonus, self.args.alpha, self.args.advantage, scale)
+        flat = advantages.flatten()
+        start = self.accelerator.process_index * len(inputs)
+        output["advantages"] = flat[start : start + len(inputs)]
+        self._log_group_metrics(mode, rewards, bonus, volume, mask)
+        logged: Any = self._logs["advantages"]  # TRL has put its own advantages there
+        for index, value in enumerate(flat.tolist(), start=len(logged) - len(flat)):
+            logged[index] = value
+        return output | self._demonstrations(inputs) if demonstrates else output
+
+    def _log_group_metrics(
+        self, mode: str, rewards: Tensor, bonus: Tensor, volume: Tensor | None, mask: Tensor
+    ) -> None:
+        metrics = self._metrics[mode]
+        if self.args.quality == "reward":
+            metrics["quality"].append(rewards[mask].mean().item())
+            metrics["unscorable_rate"].append((~mask).float().mean().item())
+        if volume is not None:
+            metrics["bonus"].append(bonus[mask].mean().item())
+            metrics["log_volume"].append(volume.mean().item())
+            metrics["encoder_cut_share"].append(self._encoder_cut_share)
+        k = rewards.shape[1]
+        texts = [" ".join(_text(completion).split()).casefold() for completion in self._logs["completion"]]
+        groups = [texts[start : start + k] for start in range(len(texts) - rewards.numel(), len(texts), k)]
+        metrics["duplicate_rate"].append(sum(1 - len(set(group)) / k for group in groups) / len(groups))
+        metrics["truncation_rate"].append(metrics["completions/clipped_ratio"][-1])
+        metrics["mean_tokens"].append(metrics["completions/mean_length"][-1])
+
+    # The update -------------------------------------------------------------------------------------------------
+
+    def _get_per_token_logps_and_entropies(  # type: ignore[no-untyped-def]
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        compute_aux_loss=False,
+        **kwargs,
+    ):
+        if not self._scores_shared or compute_aux_loss or model is self.ref_model:
+            return super()._get_per_token_logps_and_entropies(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size=batch_size,
+                compute_entropy=compute_entropy,
+                compute_aux_loss=compute_aux_loss,
+                **kwargs,
+            )
+        split = input_ids.shape[1] - logits_to_keep
+        pieces = []
+        size = batch_size or len(input_ids)
+        for start in range(0, len(input_ids), size):
+            ids, mask = input_ids[start : start + size], attention_mask[start : start + size]
+            prompts, rows = torch.unique(torch.cat([ids[:, :split], mask[:, :split]], 1), dim=0, return_inverse=True)
+            with self.accelerator.autocast():
+                scores = model(
+                    input_ids=prompts[:, :split],
+                    attention_mask=prompts[:, split:],
+                    completion_ids=ids[:, split:],
+                    completion_mask=mask[:, split:],
+                    prompt_rows=rows,
+                )
+            pieces.append(scores)
+        log_probs = torch.cat([piece.log_probs for piece in pieces])
+        return log_probs, torch.cat([piece.entropy for piece in pieces]) if compute_entropy else None, None
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        if "demonstration_ids" not in inputs:
+            return super()._compute_loss(model, inputs)
+        loss = self._demonstration_loss(model, inputs)
+        if "completion_ids" in inputs:
+            # TRL's dr_grpo averages over the k members of a group; the objective sums them.
+            loss = loss + self.num_generations * super()._compute_loss(model, inputs)
+        return loss
+
+    # Demonstrations ---------------------------------------------------------------------------------------------
+
+    def _demonstrations(self, inputs: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """One demonstration a row, equal within a group: another one of the prompt's each step."""
+        device = self.accelerator.device
+        chosen = [
+            Demonstration(**row["demonstrations"][self.state.global_step % len(row["demonstrations"])])
+            for row in inputs
+        ]
+        longest = max(len(one.input_ids) for one in chosen)
+        pad = self._tokenizer.pad_token_id
+        ids = [one.input_ids + [pad] * (longest - len(one.input_ids)) for one in chosen]
+        labels = [one.labels + [-100] * (longest - len(one.labels)) for one in chosen]
+        mask = [[1] * len(one.input_ids) + [0] * (longest - len(one.input_ids)) for one in chosen]
+        return {
+            "demonstration_ids": torch.tensor(ids, device=device),
+            "demonstration_labels": torch.tensor(labels, device=device),
+            "demonstration_mask": torch.tensor(mask, device=device),
+        }
+
+    def _demonstration_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """Minus the log-likelihood of the demonstrations: their sum over tokens, the mean over prompts.
+
+        Divided by the constant `max_completion_length` like TRL's dr_grpo, so that alpha weighs nats against nats. A
+        group's k rows carry its demonstration k times; each distinct row is computed once and weighted by its count
+        over k, which stays right when micro-batches or processes cut a group.
+        """
+        packed = torch.cat(
+            [inputs["demonstration_ids"], inputs["demonstration_labels"], inputs["demonstration_mask"]], 1
+        )
+        distinct, counts = torch.unique(packed, dim=0, return_counts=True)
+        ids, labels, mask = distinct.chunk(3, dim=1)
+        with self.accelerator.autocast():
+            log_probs = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True).log_probs
+        k, rows = self.num_generations, self.args.generation_batch_size
+        assert k is not None and rows is not None  # set by GRPOConfig
+        weights, prompts = counts / k, rows / k
+        likelihood = (log_probs.sum(-1) * weights).sum() * self.accelerator.num_processes / prompts
+        tokens = ((labels[:, 1:] != -100).sum(-1) * weights).sum()
+        sums = torch.stack([(log_probs.detach().sum(-1) * weights).sum(), tokens])
+        total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        self._metrics["train"]["demonstration_nll"].append(-total / count)
+        return -likelihood / self.max_completion_length
+
+
+def _no_reward(completions: list[Any], **_: Any) -> list[float]:
+    """Rollouts of DQO-SFT are judged by their volume only."""
+    return [0.0] * len(completions)
+
+
+def _text(completion: Any) -> str:
+    """The response's text, from TRL's string or message-list form; the prompt is never embedded."""
+    return completion if isinstance(completion, str) else "".join(message["content"] for message in completion)

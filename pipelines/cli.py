@@ -1,0 +1,148 @@
+"""The command line `dqo`. Heavy imports stand inside the commands, so that help and recipe checks answer at once."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from dqo.errors import DQOError
+
+_OUT = "runs"
+
+
+def main() -> None:
+    """Parse the command line, run one command and exit with its status."""
+    arguments = _parser().parse_args()
+    try:
+        sys.exit(arguments.run(arguments))
+    except DQOError as error:
+        print(f"dqo: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.exit(141)
+    except KeyboardInterrupt:
+        print("dqo: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dqo", description="Post-train language models that stay diverse (Diversity Quality Optimization)."
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    run = commands.add_parser("run", help="run a recipe's whole pipeline on this machine")
+    run.add_argument("recipe", type=Path, help="recipe file")
+    run.add_argument("--out", type=Path, default=Path(_OUT), help=f"folder of runs, checkpoints and MLflow ({_OUT})")
+    run.add_argument("--fresh", action="store_true", help="forget finished stages and checkpoints, train anew")
+    run.set_defaults(run=_run)
+
+    compile_ = commands.add_parser("compile", help="write a recipe's pipeline as Kubeflow IR")
+    compile_.add_argument("recipe", type=Path, help="recipe file")
+    compile_.add_argument("-o", "--output", type=Path, required=True, help="file to write, .yaml")
+    compile_.set_defaults(run=_compile)
+
+    recipe = commands.add_parser("recipe", help="check or show a recipe, or print its JSON schema")
+    actions = recipe.add_subparsers(title="actions", metavar="ACTION", required=True)
+    check = actions.add_parser("check", help="report every error of a recipe at once")
+    check.add_argument("recipe", type=Path, help="recipe file")
+    check.set_defaults(run=_check)
+    show = actions.add_parser("show", help="print a recipe with its defaults filled in")
+    show.add_argument("recipe", type=Path, help="recipe file")
+    show.set_defaults(run=_show)
+    schema = actions.add_parser("schema", help="print the JSON schema, for editors")
+    schema.set_defaults(run=_schema)
+
+    ui = commands.add_parser("ui", help="open MLflow's page on the local runs")
+    ui.add_argument("--out", type=Path, default=Path(_OUT), help=f"folder given to `dqo run` ({_OUT})")
+    ui.add_argument("--port", type=int, default=5000, help="port on this machine (5000)")
+    ui.set_defaults(run=_ui)
+
+    doctor = commands.add_parser("doctor", help="say what this machine can run, and what to do about the rest")
+    doctor.add_argument("--out", type=Path, default=Path(_OUT), help=f"folder given to `dqo run` ({_OUT})")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, *_: object, **__: object) -> NoReturn:
+        from dqo import __version__
+
+        print(__version__)
+        sys.exit(0)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from dqo.recipe import load
+
+    recipe = load(arguments.recipe)
+    _print_warnings(recipe.warnings)
+    from pipelines import follow
+
+    return follow.run(recipe, arguments.recipe, arguments.out, arguments.fresh)
+
+
+def _compile(arguments: argparse.Namespace) -> int:
+    from dqo.recipe import load
+
+    recipe = load(arguments.recipe)
+    if arguments.output.suffix not in (".yaml", ".yml"):
+        raise DQOError(f"--output {arguments.output}: expected a name that ends in .yaml")
+    if not arguments.output.parent.is_dir():
+        raise DQOError(f"--output {arguments.output}: the folder {arguments.output.parent} does not exist")
+    if arguments.output.is_dir():
+        raise DQOError(f"--output {arguments.output}: is a folder; expected the name of a file")
+    from pipelines.pipeline import compile_recipe
+
+    try:
+        compile_recipe(recipe, arguments.output)
+    except OSError as error:
+        raise DQOError(f"--output {arguments.output}: cannot be written ({error.strerror})") from None
+    print(f"{arguments.output}: pipeline {recipe.name}, recipe {recipe.digest}")
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from dqo.recipe import load
+
+    recipe = load(arguments.recipe)
+    _print_warnings(recipe.warnings)
+    models = ", ".join(recipe.model_names)
+    print(f"{arguments.recipe}: valid (task {recipe.task}, models {models}, digest {recipe.digest})")
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from dqo.recipe import load
+
+    print(load(arguments.recipe).to_yaml(), end="")
+    return 0
+
+
+def _schema(arguments: argparse.Namespace) -> int:
+    from dqo.recipe import json_schema
+
+    print(json_schema(), end="")
+    return 0
+
+
+def _ui(arguments: argparse.Namespace) -> int:
+    from pipelines import follow
+
+    return follow.open_mlflow(arguments.out, arguments.port)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from pipelines import doctor
+
+    return doctor.run(arguments.out)
+
+
+def _print_warnings(warnings: list[str]) -> None:
+    for warning in warnings:
+        print(f"dqo: warning: {warning}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

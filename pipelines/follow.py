@@ -1,0 +1,131 @@
+"""The commands `run` and `ui`: what they print, and how they end."""
+
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from dqo.errors import DQOError
+from dqo.recipe import Recipe
+from pipelines import local
+from pipelines.display import Display, Follower, summary
+
+
+def run(recipe: Recipe, recipe_path: Path, out: Path, fresh: bool) -> int:
+    """Run a recipe's pipeline on this machine, show its progress and its result; returns the exit status.
+
+    Raises:
+        DQOError: If it cannot start, or a stage stopped for a reason that the user can change.
+    """
+    console = Console(highlight=False)
+    again = shlex.join(["dqo", "run", str(recipe_path), *([] if out == Path("runs") else ["--out", str(out)])])
+    folder = local.RunFolder.of(recipe, out)
+    try:
+        folder.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DQOError(f"--out {out}: cannot be created ({error.strerror})") from None
+    begin = time.time()
+    console.print(f"Recipe [bold]{recipe.name}[/] ({recipe.digest}); log: {_short(folder.log)}", soft_wrap=True)
+    progress = folder.workspace / "progress" / f"{recipe.name}-{recipe.digest}.jsonl"
+    follower = Follower(recipe, progress)
+    process = local.start(recipe, folder, fresh)
+    # Both explicitly: a shell starts background jobs with SIGINT ignored, and Python then leaves it so.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with Display(console, follower) as display:
+            while process.poll() is None:
+                display.refresh()
+                time.sleep(0.25)
+            display.refresh()
+            if process.returncode == 0:
+                follower.finish()
+    except KeyboardInterrupt:
+        console.print("Stopping the running stage ...")
+        local.stop(process)
+        console.print(
+            f"Interrupted. Nothing is lost behind the newest checkpoint; continue with:\n  {again}", soft_wrap=True
+        )
+        return 130
+    if process.returncode != 0 or not folder.result.is_file():
+        reason = follower.error or _last_lines(folder.log)
+        raise DQOError(f"{reason}\nThe log is {_short(folder.log)}. When it is mended, continue with:\n  {again}")
+    result = json.loads(folder.result.read_text(encoding="utf-8"))
+    console.print()
+    summary(console, _labels(recipe), result["metrics"])
+    registration = result["registration"]
+    console.print()
+    for reason in registration["gate"]["reasons"]:
+        console.print(f"  gate: {reason}", soft_wrap=True)
+    state = "passed" if registration["gate"]["passed"] else "not passed"
+    console.print(f"  gate {state}; registered {registration['name']} version {registration['version']} as "
+                  f"{', '.join(registration['aliases'])}", soft_wrap=True)  # fmt: skip
+    console.print()
+    console.print(f"Report: {_short(folder.report)}", soft_wrap=True)
+    opener = "dqo ui" if out == Path("runs") else shlex.join(["dqo", "ui", "--out", str(out)])
+    console.print(f"MLflow: {_activate()}{opener}", soft_wrap=True)
+    console.print(f"[dim]{time.time() - begin:.0f} s; a repeat reuses what is there (--fresh trains anew)[/]")
+    return 0
+
+
+def open_mlflow(out: Path, port: int) -> int:
+    """Serve MLflow's page on the local store until Ctrl-C; returns the exit status.
+
+    Raises:
+        DQOError: If there is no store.
+    """
+    store = out.resolve() / "mlflow.db"
+    if not store.is_file():
+        raise DQOError(f"{store}: no MLflow store; run a recipe first, or give its folder with --out")
+    from dqo.tracking import default_uri
+
+    link = f"http://127.0.0.1:{port}/"
+    latest = _latest_run(default_uri(out))
+    print(f"MLflow: {link}{latest}  (Ctrl-C ends it)", flush=True)
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", default_uri(out)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    os.execv(sys.executable, command)
+
+
+def _latest_run(uri: str) -> str:
+    """Path of the newest pipeline run in MLflow's page; empty where there is none."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    found = client.search_runs(
+        experiments, "tags.`dqo.stage` = 'pipeline'", max_results=1, order_by=["attributes.start_time DESC"]
+    )
+    return f"#/experiments/{found[0].info.experiment_id}/runs/{found[0].info.run_id}" if found else ""
+
+
+def _labels(recipe: Recipe) -> dict[str, str]:
+    from dqo.stages.labels import label
+
+    return {name: label(recipe, name) for name in recipe.model_names}
+
+
+def _short(path: Path) -> str:
+    """A path relative to here where it lies below."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _activate() -> str:
+    """How to reach `dqo` in a shell that has not activated its virtual environment."""
+    folder = Path(sys.prefix) / "bin"
+    return "" if str(folder) in os.environ.get("PATH", "").split(os.pathsep) else f"{_short(folder)}{os.sep}"
+
+
+def _last_lines(log: Path, count: int = 8) -> str:
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return "the pipeline failed; its last words:\n  " + "\n  ".join(lines[-count:])

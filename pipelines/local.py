@@ -1,0 +1,208 @@
+"""Run a compiled pipeline on this machine with Kubeflow's local runner, and follow it.
+
+Kubeflow's runner works in a process of its own (`python -m pipelines.local`), whose output, with every library's
+warnings, goes to a log file. The stages report to a progress file; this process draws it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import dqo
+from dqo.errors import DQOError
+from dqo.files import write_text
+from dqo.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Files of one recipe's runs below the output folder; the recipe's digest is in the name.
+
+    Attributes:
+        root: The output folder, shared by all recipes: MLflow's store and the workspace.
+        path: This recipe's folder.
+    """
+
+    root: Path
+    path: Path
+
+    @classmethod
+    def of(cls, recipe: Recipe, root: Path) -> "RunFolder":
+        """Return the folder of a recipe."""
+        root = root.resolve()
+        return cls(root, root / f"{recipe.name}-{recipe.digest[:8]}")
+
+    @property
+    def workspace(self) -> Path:
+        """Checkpoints and finished stages, keyed by what they depend on."""
+        return self.root / "workspace"
+
+    @property
+    def log(self) -> Path:
+        """Output of the runner and of every library."""
+        return self.path / "run.log"
+
+    @property
+    def report(self) -> Path:
+        """The finished report."""
+        return self.path / "report.html"
+
+    @property
+    def result(self) -> Path:
+        """What the run produced, as JSON: written last, so its presence means success."""
+        return self.path / "result.json"
+
+
+class Interrupted(Exception):
+    """The user pressed Ctrl-C, or the process was asked to end; everything is left so that it can continue."""
+
+
+def library_digest() -> str:
+    """Version and digest of the installed library's source, so that Kubeflow's cache sees changed code."""
+    digest = hashlib.sha256()
+    folder = Path(dqo.__file__).parent
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".py", ".html", ".jsonl"):
+            digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return f"{dqo.__version__}+{digest.hexdigest()[:12]}"
+
+
+def tracking_uri(recipe: Recipe, root: Path) -> str:
+    """MLflow's address: the recipe's, else MLFLOW_TRACKING_URI, else an sqlite file in the output folder."""
+    from dqo.tracking import default_uri
+
+    return recipe.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(root)
+
+
+def start(recipe: Recipe, folder: RunFolder, fresh: bool) -> subprocess.Popen[bytes]:
+    """Check everything that can be checked at once, compile, and start the runner's process.
+
+    Raises:
+        DQOError: If the data, a model or MLflow cannot be used; nothing has been started then.
+    """
+    from dqo.bundled import locate
+    from dqo.data import source_fingerprint
+    from dqo.tasks import get_task
+    from dqo.tracking import check_reachable
+    from pipelines.pipeline import compile_recipe
+
+    source = source_fingerprint(recipe.data, get_task(recipe.task))
+    locate(recipe.policy.model, recipe.policy.revision)
+    locate(recipe.encoder.model, recipe.encoder.revision)
+    uri = tracking_uri(recipe, folder.root)
+    check_reachable(uri)
+    if fresh:
+        shutil.rmtree(folder.path, ignore_errors=True)
+        shutil.rmtree(folder.workspace, ignore_errors=True)
+    _drop_stale_cache(recipe, folder, uri)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.result.unlink(missing_ok=True)
+    write_text(folder.path / "recipe.yaml", recipe.to_yaml())
+    compile_recipe(recipe, folder.path / "pipeline.yaml")
+    arguments = {
+        "recipe_json": recipe.to_json(),
+        "workspace": str(folder.workspace),
+        "mlflow_uri": uri,
+        "library": library_digest(),
+        "source": source,
+    }
+    write_text(folder.path / "arguments.json", json.dumps(arguments, indent=1))
+    environment = os.environ | {
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    if all(
+        model.startswith("bundled:") or Path(model).exists() for model in (recipe.policy.model, recipe.encoder.model)
+    ):
+        environment["HF_HUB_OFFLINE"] = "1"  # nothing to ask the hub for; without a network it would retry
+    with folder.log.open("ab") as log:
+        log.write(f"\n--- {time.strftime('%Y-%m-%d %H:%M:%S')} {recipe.name} {recipe.digest}\n".encode())
+        return subprocess.Popen(
+            [sys.executable, "-m", "pipelines.local", str(folder.path)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,
+        )
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End the runner and the stage it runs: ask first, so that MLflow's run is closed, then insist."""
+    for number, patience in ((signal.SIGTERM, 20.0), (signal.SIGKILL, 5.0)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(patience)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _drop_stale_cache(recipe: Recipe, folder: RunFolder, uri: str) -> None:
+    """Kubeflow's cache remembers the MLflow run; forget it when that run is gone (another or a deleted store)."""
+    import mlflow
+
+    remembered = folder.workspace / "runs" / f"{recipe.name}-{recipe.digest}.json"
+    if not remembered.is_file():
+        return
+    try:
+        run = mlflow.MlflowClient(uri).get_run(json.loads(remembered.read_text(encoding="utf-8"))["run_id"])
+        alive = run.info.lifecycle_stage == "active"
+    except mlflow.exceptions.MlflowException:
+        alive = False
+    if not alive:
+        remembered.unlink()
+        shutil.rmtree(folder.path / "cache", ignore_errors=True)
+
+
+def _watch_parent() -> None:
+    """End this process group when the command line is gone, even by SIGKILL: nothing may train on unseen."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.killpg(os.getpgid(0), signal.SIGTERM)
+
+
+def _main(path: Path) -> None:
+    """Body of the runner's process."""
+    threading.Thread(target=_watch_parent, daemon=True).start()
+    from kfp import local
+
+    from dqo.recipe import load
+    from pipelines.pipeline import build
+
+    recipe = load(path / "recipe.yaml")
+    arguments = json.loads((path / "arguments.json").read_text(encoding="utf-8"))
+    local.init(
+        local.SubprocessRunner(use_venv=False),
+        pipeline_root=str(path / "artifacts"),
+        enable_caching=True,
+        cache_root=str(path / "cache"),
+        raise_on_error=True,
+    )
+    build(recipe)(**arguments)
+    newest = max((path / "artifacts").iterdir(), key=lambda folder: folder.stat().st_mtime)
+    shutil.copyfile(newest / "evaluate" / "report", path / "report.html.part")
+    (path / "report.html.part").rename(path / "report.html")
+    evaluation = json.loads((newest / "evaluate" / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
+    registration = json.loads((newest / "register" / "registration").read_text(encoding="utf-8"))
+    means = {name: model["metrics"] for name, model in evaluation["models"].items()}
+    result = {"registration": registration, "metrics": means, "prompts": evaluation["prompts"], "n": evaluation["n"]}
+    write_text(path / "result.json", json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        _main(Path(sys.argv[1]))
+    except DQOError as error:
+        sys.exit(str(error))

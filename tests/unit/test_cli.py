@@ -1,0 +1,202 @@
+"""The command line from outside: exit status, what goes to which stream, and no traceback for a user's mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dqo.recipe import load, parse
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
+
+
+def dqo(*arguments: object, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"} | variables
+    command = [sys.executable, "-m", "pipelines.cli", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def refused(done: subprocess.CompletedProcess[str]) -> str:
+    """The message of a refusal: status 2, on stderr, starting with the program's name, no traceback anywhere."""
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    assert "Traceback" not in done.stdout + done.stderr
+    assert done.stderr.startswith(("dqo: ", "usage: dqo"))
+    return done.stderr
+
+
+def recipe_file(folder: Path, text: str) -> Path:
+    path = folder / "r.yaml"
+    path.write_text(f"name: a\n{text}\n", encoding="utf-8")
+    return path
+
+
+# --- help ---
+
+
+def test_help_lists_the_commands_and_version_is_the_packages():
+    done = dqo("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(f"\n    {command} " in done.stdout for command in ("run", "compile", "recipe", "ui", "doctor"))
+    done = dqo("--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    import dqo as library
+
+    assert done.stdout == f"{library.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["compile", "r.yaml"], ["ui", "--port", "x"]])
+def test_wrong_usage_shows_the_usage(arguments: list[str]):
+    assert refused(dqo(*arguments)).startswith("usage: dqo")
+
+
+# --- recipe ---
+
+
+def test_recipe_check_says_what_a_valid_recipe_is():
+    done = dqo("recipe", "check", QUICKSTART)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{QUICKSTART}: valid")
+    assert load(QUICKSTART).digest in done.stdout
+
+
+def test_recipe_check_warns_on_stderr_and_still_succeeds(tmp_path: Path):
+    done = dqo("recipe", "check", recipe_file(tmp_path, "method: {k: 2, advantage: centred}"))
+    assert done.returncode == 0
+    assert done.stderr.startswith("dqo: warning: method: with k = 2")
+    assert "valid" in done.stdout
+
+
+@pytest.mark.parametrize("command", [["recipe", "check"], ["recipe", "show"], ["run"], ["compile", "-o", "x.yaml"]])
+def test_every_command_refuses_a_broken_recipe_with_all_its_errors(command: list[str], tmp_path: Path):
+    path = recipe_file(tmp_path, "method: {k: 1}\nsedd: 3")
+    done = dqo(*command, path, cwd=tmp_path)
+    message = refused(done)
+    assert message.startswith(f"dqo: {path}: 2 errors")
+    assert "method.k: got 1" in message and "sedd: unknown key (value 3)" in message
+    assert done.stdout == ""
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("command", [["recipe", "check"], ["recipe", "show"], ["run"], ["compile", "-o", "x.yaml"]])
+def test_every_command_refuses_a_recipe_that_is_not_there(command: list[str], tmp_path: Path):
+    assert refused(dqo(*command, "none.yaml", cwd=tmp_path)) == "dqo: none.yaml: no such recipe file\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_recipe_show_prints_a_recipe_that_means_the_same():
+    done = dqo("recipe", "show", QUICKSTART)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert parse(done.stdout) == load(QUICKSTART)
+    assert yaml.safe_load(done.stdout)["method"]["kernel_scale"] == 1.0  # not in the file: a default
+
+
+def test_recipe_schema_is_json():
+    done = dqo("recipe", "schema")
+    assert (done.returncode, done.stderr) == (0, "")
+    schema = json.loads(done.stdout)
+    assert schema["required"] == ["name"]
+    assert schema["additionalProperties"] is False
+
+
+# --- compile ---
+
+
+@pytest.mark.slow
+def test_compile_twice_gives_equal_bytes_and_leaves_nothing_else(tmp_path: Path):
+    for name in ("one.yaml", "two.yaml"):
+        done = dqo("compile", QUICKSTART, "-o", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        assert load(QUICKSTART).digest in done.stdout
+    one, two = ((tmp_path / name).read_bytes() for name in ("one.yaml", "two.yaml"))
+    assert one == two
+    assert yaml.safe_load(one)["pipelineInfo"]["name"] == "quickstart"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.yaml", "two.yaml"]
+
+
+def test_compile_refuses_an_output_that_cannot_be(tmp_path: Path):
+    folder = tmp_path / "folder.yaml"
+    folder.mkdir()
+    for output, expected in (
+        (tmp_path / "p.txt", "expected a name that ends in .yaml"),
+        (tmp_path / "no" / "p.yaml", f"the folder {tmp_path / 'no'} does not exist"),
+        (folder, "is a folder; expected the name of a file"),
+    ):
+        assert refused(dqo("compile", QUICKSTART, "-o", output)) == f"dqo: --output {output}: {expected}\n"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+# --- run: what is wrong with the surroundings is said before anything is trained ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        (
+            "policy: {model: /nowhere/model}",
+            ["'/nowhere/model'", "no such directory", "expected a directory", "bundled:"],
+        ),
+        ("policy: {model: 'bundled:gpt'}", ["'bundled:gpt'", "bundled:smollm2-135m-instruct"]),
+        ("encoder: {model: ./nowhere}", ["'./nowhere'", "no such directory", "expected a directory"]),
+        ("data: {source: nowhere.jsonl}", ["data.source", "'nowhere.jsonl'", "no such file", "expected 'bundled'"]),
+        ("tracking: {uri: 'ftp://host'}", ["tracking.uri", "'ftp://host'", "expected http(s)://"]),
+    ],
+)
+def test_run_refuses_what_it_cannot_use_and_starts_nothing(recipe: str, said: list[str], tmp_path: Path):
+    message = refused(dqo("run", recipe_file(tmp_path, recipe), cwd=tmp_path))
+    assert [part for part in said if part not in message] == []
+    assert list(tmp_path.rglob("pipeline.yaml")) + list(tmp_path.rglob("mlflow.db")) == []
+
+
+@pytest.mark.slow
+def test_run_without_an_answer_from_mlflow_says_that_nothing_was_trained(
+    tmp_path: Path, tiny_policy: Path, tiny_encoder: Path
+):
+    path = recipe_file(tmp_path, f"policy: {{model: {tiny_policy}}}\nencoder: {{model: {tiny_encoder}}}")
+    message = refused(dqo("run", path, cwd=tmp_path, MLFLOW_TRACKING_URI="http://127.0.0.1:9"))
+    assert "'http://127.0.0.1:9'" in message and "MLFLOW_TRACKING_URI" in message
+    assert "Nothing was trained." in message
+    assert list(tmp_path.rglob("pipeline.yaml")) == []
+
+
+def test_run_refuses_an_output_folder_that_is_a_file(tmp_path: Path):
+    (tmp_path / "runs").write_text("")
+    message = refused(dqo("run", QUICKSTART, cwd=tmp_path))
+    assert message == "dqo: --out runs: cannot be created (File exists)\n"
+
+
+# --- ui, doctor ---
+
+
+def test_ui_without_a_store_says_where_it_looked(tmp_path: Path):
+    message = refused(dqo("ui", "--out", tmp_path / "runs"))
+    assert str(tmp_path / "runs" / "mlflow.db") in message and "--out" in message
+
+
+@pytest.mark.slow
+def test_doctor_names_every_part_and_its_status_follows_its_advice(tmp_path: Path):
+    done = dqo("doctor", "--out", tmp_path / "runs")
+    assert "Traceback" not in done.stderr
+    lines = done.stdout.splitlines()
+    subjects = ("processor cores", "memory", "disk", "torch", "transformers", "trl", "mlflow", "kfp", "bundled models")
+    for subject in subjects:
+        assert [line for line in lines if line[2:].startswith(subject)], subject
+    import torch
+
+    assert any("torch" in line and torch.__version__ in line for line in lines)
+    runs_here = lines[-1].startswith("The quickstart can run here")
+    assert done.returncode == (0 if runs_here else 1)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_doctor_fails_when_mlflow_does_not_answer(tmp_path: Path):
+    done = dqo("doctor", "--out", tmp_path, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    assert done.returncode == 1
+    assert "http://127.0.0.1:9 does not answer" in done.stdout
+    assert "cannot run here yet" in done.stdout.splitlines()[-1]

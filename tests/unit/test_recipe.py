@@ -1,0 +1,307 @@
+"""The recipe: what is refused and in which words, what is filled in, what identifies it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dqo.errors import DQOError
+from dqo.recipe import Method, Recipe, json_schema, load, parse
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
+
+
+def refusal(text: str) -> str:
+    with pytest.raises(DQOError) as caught:
+        parse(text, "my.yaml")
+    return str(caught.value)
+
+
+def line_of(message: str, field: str) -> str:
+    (line,) = [line for line in message.splitlines() if line.strip().startswith(f"{field}:")]
+    return line
+
+
+# --- refusals: file, field, value, expectation ---
+
+
+def test_unknown_key_names_file_field_value_and_the_keys_beside_it():
+    message = refusal("name: a\nmethod: {alhpa: 3.5}")
+    assert message.startswith("my.yaml: 1 error in the recipe\n")
+    line = line_of(message, "method.alhpa")
+    assert "unknown key" in line and "3.5" in line
+    allowed = line.split("expected one of: ")[1].split(", ")
+    assert allowed == ["alpha", "k", "advantage", "quality_scale", "kernel_scale", "baselines"]
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "one_allowed"),
+    [
+        ("name: a\nmetod: {}", "metod", "method"),
+        ("name: a\npolicy: {lora: {rank: 4}}", "policy.lora.rank", "target_modules"),
+        ("name: a\nrl: {sampling: {topp: 1}}", "rl.sampling.topp", "top_p"),
+        ("name: a\nrl: {rollout: {engin: vllm}}", "rl.rollout.engin", "engine"),
+        ("name: a\nsft: {beta: 0.1}", "sft.beta", "learning_rate"),
+    ],
+)
+def test_unknown_key_is_found_at_every_depth(text: str, field: str, one_allowed: str):
+    allowed = line_of(refusal(text), field).split("expected one of: ")[1].split(", ")
+    assert one_allowed in allowed
+    assert field.split(".")[-1] not in allowed
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "value", "expected"),
+    [
+        ("name: a\nmethod: {k: 1}", "method.k", "got 1;", "greater than or equal to 2"),
+        ("name: a\nmethod: {k: 2.5}", "method.k", "got 2.5;", "valid integer"),
+        ("name: a\nmethod: {k: eight}", "method.k", "got 'eight';", "valid integer"),
+        ("name: a\nmethod: {alpha: -1}", "method.alpha", "got -1;", "greater than or equal to 0"),
+        ("name: a\nmethod: {alpha: .nan}", "method.alpha", "got nan;", "finite number"),
+        ("name: a\nrl: {learning_rate: 1e999}", "rl.learning_rate", "got inf;", "finite number"),
+        ("name: a\nmethod: {advantage: centered}", "method.advantage", "got 'centered';", "'centred'"),
+        ("name: a\nmethod: 5", "method", "got 5;", "valid dictionary"),
+        ("name: a\nmethod:", "method", "got None;", "valid dictionary"),
+        ("name: a\nrl: {steps: 0}", "rl.steps", "got 0;", "greater than or equal to 1"),
+        ("name: a\nrl: {sampling: {temperature: 0}}", "rl.sampling.temperature", "got 0;", "greater than 0"),
+        ("name: a\nrl: {sampling: {top_p: 1.1}}", "rl.sampling.top_p", "got 1.1;", "less than or equal to 1"),
+        ("name: a\ndata: {eval_fraction: 1}", "data.eval_fraction", "got 1;", "less than 1"),
+        ("name: a\nseed: -1", "seed", "got -1;", "greater than or equal to 0"),
+        ("name: a\ntask: poem", "task", "got 'poem';", "'story'"),
+        ("name: My Run", "name", "got 'My Run';", "match pattern"),
+        ("name: 7", "name", "got 7;", "valid string"),
+        ("name: a\nregistry: {name: a/b}", "registry.name", "got 'a/b';", "match pattern"),
+        ("name: a\nresources: {memory: 8GB}", "resources.memory", "got '8GB';", "match pattern"),
+        ("name: a\ngate: {more_diverse_on: []}", "gate.more_diverse_on", "got [];", "at least 1 item"),
+    ],
+)
+def test_wrong_value_names_field_value_and_expectation(text: str, field: str, value: str, expected: str):
+    line = line_of(refusal(text), field)
+    assert value in line
+    assert expected in line
+
+
+def test_missing_name_is_said():
+    assert line_of(refusal("task: story"), "name") == "  name: missing; a value is required"
+
+
+def test_every_error_is_reported_at_once():
+    message = refusal("task: poem\nmethod: {k: 1, alhpa: 2}\nrl: {steps: none}\nsampling: {}")
+    assert message.startswith("my.yaml: 6 errors in the recipe\n")
+    assert {line.split(":")[0].strip() for line in message.splitlines()[1:]} == {
+        "name",
+        "task",
+        "method.k",
+        "method.alhpa",
+        "rl.steps",
+        "sampling",
+    }
+
+
+# --- sections that do not fit one another ---
+
+
+def test_gate_against_a_baseline_that_is_not_trained():
+    message = refusal("name: a\nmethod: {baselines: []}")
+    assert "gate.against is 'reward_only'" in message and "method.baselines" in message
+    recipe = parse("name: a\nmethod: {baselines: []}\ngate: {against: sft}")
+    assert recipe.model_names == ["base", "sft", "dqo"]
+
+
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_micro_batch_must_divide_the_step(stage: str):
+    message = refusal(f"name: a\nmethod: {{k: 6}}\n{stage}: {{prompts_per_step: 2, micro_batch: 5}}")
+    assert f"{stage}.micro_batch = 5 does not divide" in message
+    assert "= 12" in message  # 2 prompts x 6 rollouts
+    for divisor in (1, 4, 12):
+        parse(f"name: a\nmethod: {{k: 6}}\n{stage}: {{prompts_per_step: 2, micro_batch: {divisor}}}")
+
+
+@pytest.mark.parametrize("scale", ["group", "batch"])
+def test_paper_advantage_takes_no_quality_scale(scale: str):
+    line = line_of(refusal(f"name: a\nmethod: {{advantage: paper, quality_scale: {scale}}}"), "method")
+    assert "'paper'" in line and repr(scale) in line and "expected 'none'" in line
+    assert parse("name: a\nmethod: {advantage: paper}").method.quality_scale == "none"
+
+
+def test_vllm_server_needs_an_address():
+    assert "server_base_url" in line_of(refusal("name: a\nrl: {rollout: {engine: vllm, mode: server}}"), "rl.rollout")
+    parse("name: a\nrl: {rollout: {engine: vllm, mode: server, server_base_url: 'http://vllm:8000'}}")
+
+
+@pytest.mark.parametrize(
+    ("method", "warned"),
+    [
+        ("{k: 2, advantage: centred, alpha: 1}", True),
+        ("{k: 2, advantage: centred, alpha: 0}", False),
+        ("{k: 3, advantage: centred, alpha: 1}", False),
+        ("{k: 2, advantage: decoupled, alpha: 1}", False),
+        ("{k: 2, advantage: paper, alpha: 1}", False),
+    ],
+)
+def test_centred_pair_is_warned_about_because_its_bonus_cancels(method: str, warned: bool):
+    found = parse(f"name: a\nmethod: {method}").warnings
+    assert len(found) == int(warned)
+    assert all("k = 2" in warning and "alpha" in warning for warning in found)
+
+
+# --- YAML ---
+
+
+@pytest.mark.parametrize("written", ["2e-4", "2E-4", "2.0e-4", "0.0002", "+2e-4", "20e-5"])
+def test_an_exponent_without_a_point_is_a_number(written: str):
+    assert parse(f"name: a\nrl: {{learning_rate: {written}}}").rl.learning_rate == pytest.approx(0.0002, rel=1e-12)
+
+
+def test_text_that_only_looks_like_an_exponent_stays_text():
+    assert parse("name: a\ndata: {revision: '2e4'}").data.revision == "2e4"
+    assert parse("name: a\ndata: {revision: 2e4f}").data.revision == "2e4f"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("name: a\nseed: 1\nname: b", 3), ("name: a\nmethod:\n  alpha: 1\n  k: 4\n  alpha: 2", 5)],
+)
+def test_a_key_written_twice_is_refused_with_its_line(text: str, line: int):
+    message = refusal(text)
+    assert "stands twice" in message
+    assert f"line {line}," in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["name: [a", "name: a\n\tseed: 1", "name: *nobody", "? [a]\n: b", "name: !!python/object/apply:os.getcwd []"],
+)
+def test_broken_yaml_is_refused_under_the_file_name(text: str):
+    assert refusal(text).startswith("my.yaml: not valid YAML")
+
+
+def test_an_impossible_date_is_refused_like_other_broken_yaml():
+    assert refusal("name: a\ndata: {revision: 2024-13-45}").startswith("my.yaml: not valid YAML")
+
+
+@pytest.mark.parametrize(("text", "kind"), [("- name: a", "list"), ("name", "str"), ("", "NoneType"), ("3", "int")])
+def test_a_document_that_is_no_mapping_is_refused(text: str, kind: str):
+    assert refusal(text) == f"my.yaml: expected a mapping of recipe keys, got {kind}"
+
+
+def test_a_key_that_is_no_text_is_refused():
+    assert "keys should be strings" in refusal("name: a\n1: b").lower()
+
+
+# --- files ---
+
+
+def test_missing_file(tmp_path: Path):
+    path = tmp_path / "none.yaml"
+    with pytest.raises(DQOError, match="no such recipe file") as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_file_in_another_encoding_names_the_byte(tmp_path: Path):
+    path = tmp_path / "latin.yaml"
+    path.write_bytes(b"name: caf\xe9")
+    with pytest.raises(DQOError) as caught:
+        load(path)
+    assert str(caught.value) == f"{path}: not UTF-8 (byte 9: 0xe9)"
+
+
+def test_folder_instead_of_a_file(tmp_path: Path):
+    with pytest.raises(DQOError, match="cannot be read"):
+        load(tmp_path)
+
+
+def test_errors_of_a_file_start_with_its_path(tmp_path: Path):
+    path = tmp_path / "r.yaml"
+    path.write_text("name: a\nmethod: {k: 1}")
+    with pytest.raises(DQOError) as caught:
+        load(path)
+    assert str(caught.value).startswith(f"{path}: 1 error")
+
+
+# --- defaults, identity ---
+
+
+def test_defaults_are_filled_in_and_survive_the_round_trip():
+    recipe = parse("name: a")
+    shown = yaml.safe_load(recipe.to_yaml())
+    assert shown["method"] == {
+        "alpha": 1.0,
+        "k": 8,
+        "advantage": "decoupled",
+        "quality_scale": "none",
+        "kernel_scale": 1.0,
+        "baselines": ["reward_only"],
+    }
+    assert list(shown) == list(Recipe.model_fields)
+    assert parse(recipe.to_yaml()) == recipe == parse(recipe.to_json())
+    assert parse(recipe.to_json()).digest == recipe.digest
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_load_without_warnings_and_survive_the_round_trip(path: Path):
+    recipe = load(path)
+    assert recipe.warnings == []
+    assert parse(recipe.to_yaml()) == recipe
+
+
+def test_shipped_recipes_have_names_of_their_own():
+    names = [load(path).name for path in RECIPES]
+    assert "quickstart" in names
+    assert len(set(names)) == len(names)
+
+
+def test_digest_ignores_order_comments_and_defaults_and_sees_values():
+    one = parse(
+        "name: a\nmethod: {alpha: 2, k: 4}\nrl: {learning_rate: 2e-4}\n"
+        "data: {columns: {references: target, concepts: words}}"
+    )
+    other = parse(
+        "# why\ndata: {columns: {concepts: words, references: target}}\n"
+        "rl: {learning_rate: 0.0002}  # peak\nmethod:\n  k: 4\n  alpha: 2.0\nname: a\nseed: 0\n"
+    )
+    assert one.digest == other.digest
+    assert len(one.digest) == 12 and int(one.digest, 16) >= 0
+    for change in ("name: b", "seed: 1", "method: {alpha: 0.5}", "rl: {steps: 21}"):
+        assert parse(f"name: a\n{change}" if "name" not in change else change).digest != parse("name: a").digest
+
+
+def test_a_recipe_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        parse("name: a").seed = 3
+
+
+def test_models_stand_in_display_order():
+    recipe = parse("name: a")
+    assert recipe.variants == ["reward_only", "dqo"]
+    assert recipe.model_names == ["base", "sft", "reward_only", "dqo"]
+
+
+# --- the schema for editors ---
+
+
+def test_schema_describes_every_field_and_refuses_unknown_keys_in_every_section():
+    schema = json.loads(json_schema())
+    objects = [schema, *(part for part in schema["$defs"].values() if part["type"] == "object")]
+    assert len(objects) > 10
+    for part in objects:
+        assert part["additionalProperties"] is False, part["title"]
+    for name, field in schema["$defs"]["Method"]["properties"].items():
+        assert field["description"] == Method.model_fields[name].description
+        assert field["description"]
+
+
+def test_schema_agrees_with_the_parser():
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads(json_schema())
+    validator = jsonschema.validators.validator_for(schema)(schema)
+    validator.check_schema(schema)
+    for path in RECIPES:
+        validator.validate(json.loads(load(path).to_json()))
+    for wrong in ({}, {"name": "a", "metod": {}}, {"name": "a", "method": {"k": 1}}, {"name": "a", "seed": "one"}):
+        with pytest.raises(jsonschema.ValidationError):
+            validator.validate(wrong)
+        with pytest.raises(DQOError):
+            parse(json.dumps(wrong))

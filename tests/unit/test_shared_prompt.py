@@ -1,0 +1,81 @@
+"""Sharing prompts must change neither log-probabilities nor gradients; the reference is the plain forward pass."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from dqo.shared_prompt import add_shared_prompt_forward
+
+PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
+ROWS = [0, 0, 1, 2, 2, 0]
+RESPONSES = [[20, 21, 22], [23], [24, 25, 26, 27], [28, 29], [30], [31, 32, 33, 34]]
+TEMPERATURE = 0.7
+
+
+def build(folder, lora):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    add_shared_prompt_forward(model, TEMPERATURE)
+    if not lora:
+        return model
+    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return wrapped
+
+
+def shared(model):
+    width = max(map(len, PROMPTS))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in PROMPTS])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in PROMPTS])
+    longest = max(map(len, RESPONSES))
+    completion = torch.tensor([r + [0] * (longest - len(r)) for r in RESPONSES])
+    completion_mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in RESPONSES])
+    return model(
+        input_ids=ids,
+        attention_mask=mask,
+        completion_ids=completion,
+        completion_mask=completion_mask,
+        prompt_rows=torch.tensor(ROWS),
+    )
+
+
+def plain(model):
+    """Each response alone, no padding, no cache: log-probabilities and entropies as nested lists of tensors."""
+    log_probs, entropies = [], []
+    for row, response in zip(ROWS, RESPONSES, strict=True):
+        prompt = PROMPTS[row]
+        logits = model(input_ids=torch.tensor([prompt + response])).logits[0] / TEMPERATURE
+        steps = logits[len(prompt) - 1 : -1].log_softmax(-1)
+        log_probs.append(steps.gather(-1, torch.tensor(response)[:, None])[:, 0])
+        entropies.append(-(steps.exp() * steps).sum(-1))
+    return log_probs, entropies
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_equals_whole_sequences(tiny_policy, lora):
+    model = build(tiny_policy, lora)
+    got = shared(model)
+    expected, entropies = plain(model)
+    weights = [torch.linspace(-1, 1, len(r)) + index for index, r in enumerate(RESPONSES)]
+    for index, response in enumerate(RESPONSES):
+        torch.testing.assert_close(got.log_probs[index, : len(response)], expected[index], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got.entropy[index, : len(response)], entropies[index], rtol=1e-4, atol=1e-5)
+        assert not got.log_probs[index, len(response) :].any()
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    ours = torch.autograd.grad(
+        sum((got.log_probs[i, : len(r)] * w).sum() for i, (r, w) in enumerate(zip(RESPONSES, weights, strict=True))),
+        parameters,
+    )
+    reference = torch.autograd.grad(sum((lp * w).sum() for lp, w in zip(expected, weights, strict=True)), parameters)
+    for a, b in zip(ours, reference, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_without_completions_the_forward_is_unchanged(tiny_policy):
+    ids = torch.tensor([[5, 6, 7]])
+    reference = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32)(ids).logits
+    torch.testing.assert_close(build(tiny_policy, False)(ids).logits, reference)

@@ -1,0 +1,251 @@
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scripted import build, reward, weights
+
+from dqo.data import encode_demonstration
+from dqo.errors import DQOError
+from dqo.policy import load_tokenizer
+from dqo.recipe import Policy
+from dqo.trainer import DQOConfig, DQOTrainer
+
+ROOT = Path(__file__).parents[2]
+
+
+def expected_advantages(trainer, alpha, form, k=4):
+    """Advantages of the last step by brute force: numpy determinants of sub-matrices, member by member."""
+    texts = [completion[-1]["content"] for completion in trainer._logs["completion"]]
+    rewards = [math.nan if value is None else value for value in reward(trainer._logs["completion"])]
+    vectors = trainer.encoder(texts).vectors.double().numpy()
+    groups, bonuses = [], []
+    for start in range(0, len(texts), k):
+        scored = [i for i in range(start, start + k) if not math.isnan(rewards[i])]
+        bonus = {}
+        for i in scored:
+            others = [j for j in scored if j != i]
+            volume = [np.linalg.det(vectors[s] @ vectors[s].T + np.eye(len(s))) for s in (scored, others)]
+            bonus[i] = math.log(volume[0] / volume[1])
+        groups.append((start, scored))
+        bonuses.append(bonus)
+    result = [0.0] * len(texts)
+    for number, (_, scored) in enumerate(groups):
+        mean = np.mean([rewards[i] for i in scored])
+        elsewhere = [value for other, b in enumerate(bonuses) if other != number for value in b.values()]
+        for i in scored:
+            b = bonuses[number][i]
+            result[i] = {
+                "paper": rewards[i] + alpha * b,
+                "centred": rewards[i] - mean + alpha * (b - np.mean(list(bonuses[number].values()))),
+                "decoupled": rewards[i] - mean + alpha * (b - np.mean(elsewhere)),
+            }[form]
+    assert any(math.isnan(value) for value in rewards), "the table must hold a response without a reward"
+    return result
+
+
+@pytest.mark.parametrize("form", ["paper", "centred", "decoupled"])
+def test_advantages_equal_brute_force(tiny_policy, tiny_encoder, tmp_path, form):
+    trainer = build(tiny_policy, tiny_encoder, tmp_path, steps=1, alpha=0.7, advantage=form)
+    trainer.train()
+    expected = expected_advantages(trainer, 0.7, form)
+    np.testing.assert_allclose(trainer.used[-1], expected, atol=2e-5)
+    np.testing.assert_allclose(list(trainer._logs["advantages"]), expected, atol=2e-5)
+
+
+def test_alpha_zero_is_the_stock_trainer(tiny_policy, tiny_encoder, tmp_path):
+    """With alpha = 0 and `centred`, TRL's own advantages (scale_rewards="none") come out."""
+    trainer = build(tiny_policy, tiny_encoder, tmp_path, steps=1, alpha=0.0, advantage="centred")
+    trainer.train()
+    rewards = torch.tensor([math.nan if v is None else v for v in reward(trainer._logs["completion"])]).view(-1, 4)
+    stock = torch.nan_to_num(rewards - rewards.nanmean(1, keepdim=True)).flatten()
+    np.testing.assert_allclose(trainer.used[-1], stock.numpy(), atol=1e-6)
+
+
+def test_two_processes_equal_one(tiny_policy, tiny_encoder, tmp_path):
+    """Three groups of four on two processes: the middle group is cut in half and must be scored whole."""
+    for world in (1, 2):
+        output = tmp_path / str(world)
+        output.mkdir()
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+        command += [str(ROOT / "tests/distributed/advantages.py"), str(tiny_policy), str(tiny_encoder), str(output)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one = torch.load(tmp_path / "1/rank0.pt")
+    ranks = [torch.load(tmp_path / f"2/rank{rank}.pt") for rank in (0, 1)]
+    assert len(one["advantages"]) == 2
+    for step, alone in enumerate(one["advantages"]):
+        together = ranks[0]["advantages"][step] + ranks[1]["advantages"][step]
+        assert len(together) == 12
+        np.testing.assert_allclose(together, alone, atol=1e-5)
+    np.testing.assert_allclose(ranks[0]["volume"], one["volume"], rtol=1e-5)
+    for name, value in one["weights"].items():
+        torch.testing.assert_close(ranks[0]["weights"][name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_shared_prompts_train_the_same_weights(tiny_policy, tiny_encoder, tmp_path):
+    """The update with prompts computed once equals TRL's own with whole sequences."""
+    trained = []
+    for share in (True, False):
+        trainer = build(tiny_policy, tiny_encoder, tmp_path / str(share), steps=2, share_prompts=share)
+        assert trainer._scores_shared is share
+        trainer.train()
+        trained.append(weights(trainer))
+    for name, value in trained[0].items():
+        torch.testing.assert_close(value, trained[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_accumulated_micro_batches_equal_one_batch(tiny_policy, tiny_encoder, tmp_path):
+    trained = []
+    for accumulation in (1, 3):
+        trainer = build(tiny_policy, tiny_encoder, tmp_path / str(accumulation), steps=2, accumulation=accumulation)
+        trainer.train()
+        trained.append(weights(trainer))
+    for name, value in trained[0].items():
+        torch.testing.assert_close(value, trained[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_resumed_training_equals_uninterrupted(tiny_policy, tiny_encoder, tmp_path):
+    """Real sampling: the random state is part of a checkpoint, so the resumed run draws the same rollouts."""
+    settings = {"cls": DQOTrainer, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+    whole = build(tiny_policy, tiny_encoder, tmp_path / "whole", steps=4, **settings)
+    whole.train()
+    # The schedule is constant, so a run cut at two steps is the first half of the one of four.
+    build(tiny_policy, tiny_encoder, tmp_path / "half", steps=2, **settings).train()
+    resumed = build(tiny_policy, tiny_encoder, tmp_path / "half", steps=4, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "half/checkpoint-2"))
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(weights(resumed)[name], value, rtol=0, atol=0)
+
+
+def demonstration_rows(policy, count=6):
+    tokenizer = load_tokenizer(Policy(model=str(policy)))
+    rows = []
+    for index in range(count):
+        prompt = [{"role": "user", "content": f"say {index}"}]
+        texts = [f"the boat {'sails ' * (index % 3)}home.", f"a storm {index} comes."]
+        encoded = [encode_demonstration(tokenizer, prompt, text) for text in texts]
+        rows.append(
+            {"prompt": prompt, "demonstrations": [{"input_ids": e.input_ids, "labels": e.labels} for e in encoded]}
+        )
+    return rows
+
+
+def test_sft_without_alpha_is_cross_entropy_and_makes_no_rollouts(tiny_policy, tiny_encoder, tmp_path):
+    rows = demonstration_rows(tiny_policy)
+
+    class NoRollouts(DQOTrainer):
+        def _generate(self, prompts):
+            raise AssertionError("plain SFT must not sample")
+
+    trainer = build(
+        tiny_policy, tiny_encoder, tmp_path, steps=1, prompts=6, k=2, cls=NoRollouts, reward_funcs=None, rows=rows,
+        alpha=0.0, quality="demonstration", shuffle_dataset=False,
+    )  # fmt: skip
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    total, tokens, gradient = 0.0, 0, None
+    for row in rows:
+        ids, labels = (torch.tensor([row["demonstrations"][0][key]]) for key in ("input_ids", "labels"))
+        logits = trainer.model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        counted = labels[0, 1:] != -100
+        picked = logits.gather(-1, ids[0, 1:, None])[counted, 0]
+        total, tokens = total - picked.sum(), tokens + int(counted.sum())
+    gradient = torch.autograd.grad(total / 6 / 16, [p for p in trainer.model.parameters() if p.requires_grad])
+    norm = torch.stack([g.norm() for g in gradient]).norm().item()
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert float(log["demonstration_nll"]) == pytest.approx(total.item() / tokens, rel=1e-4)
+    assert float(log["loss"]) == pytest.approx(total.item() / 6 / 16, rel=1e-3)
+    assert float(log["grad_norm"]) == pytest.approx(norm, rel=1e-3)
+    assert any((p != before[name]).any() for name, p in trainer.model.named_parameters())
+
+
+def test_dqo_sft_adds_alpha_times_the_volume_gradient(tiny_policy, tiny_encoder, tmp_path):
+    """The gradient equals that of -(1/P) sum_x [log pi(y*|x) + sum_i A_i log pi(y_i|x)] / Lmax."""
+    rows = demonstration_rows(tiny_policy, 3)
+    captured = {}
+
+    from scripted import ScriptedTrainer
+
+    class Capture(ScriptedTrainer):
+        def _compute_loss(self, model, inputs):
+            captured.update(inputs)
+            return super()._compute_loss(model, inputs)
+
+    trainer = build(
+        tiny_policy, tiny_encoder, tmp_path, steps=1, cls=Capture, reward_funcs=None, rows=rows, alpha=3.0,
+        quality="demonstration", advantage="decoupled", max_grad_norm=1e9,
+    )  # fmt: skip
+    start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(start[name])
+    objective = 0.0
+    for row in rows:
+        ids, labels = (torch.tensor([row["demonstrations"][0][key]]) for key in ("input_ids", "labels"))
+        steps = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        objective = objective + steps.gather(-1, ids[0, 1:, None])[labels[0, 1:] != -100].sum()
+    for i, advantage in enumerate(captured["advantages"]):
+        prompt = captured["prompt_ids"][i][captured["prompt_mask"][i].bool()]
+        response = captured["completion_ids"][i][captured["completion_mask"][i].bool()]
+        logits = model(input_ids=torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        objective = objective + advantage * logits.gather(-1, response[:, None]).sum()
+    assert captured["advantages"].abs().max() > 0.05
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    norm = torch.stack([g.norm() for g in torch.autograd.grad(-objective / 3 / 16, parameters)]).norm().item()
+    assert float(trainer.state.log_history[0]["grad_norm"]) == pytest.approx(norm, rel=1e-3)
+
+
+def test_metrics_of_a_step(tiny_policy, tiny_encoder, tmp_path):
+    trainer = build(tiny_policy, tiny_encoder, tmp_path, steps=1)
+    trainer.train()
+    log = {name: float(value) for name, value in trainer.state.log_history[0].items()}
+    texts = [completion[-1]["content"] for completion in trainer._logs["completion"]]
+    scores = [value for value in reward(trainer._logs["completion"]) if value is not None]
+    groups = [texts[start : start + 4] for start in range(0, 12, 4)]
+    assert log["quality"] == pytest.approx(np.mean(scores), rel=1e-3)
+    assert log["unscorable_rate"] == pytest.approx(1 - len(scores) / 12, rel=1e-3)
+    assert log["duplicate_rate"] == pytest.approx(np.mean([1 - len(set(g)) / 4 for g in groups]), abs=1e-3)
+    assert log["truncation_rate"] == 0
+    assert {"bonus", "log_volume", "entropy", "frac_reward_zero_std", "mean_tokens", "step_time"} <= log.keys()
+
+
+def test_a_step_that_nothing_scores_stops(tiny_policy, tiny_encoder, tmp_path):
+    def blind(completions, **_):
+        return [None] * len(completions)
+
+    with pytest.raises(DQOError, match=r"reward blind: no response of the step could be scored \(all 12"):
+        build(tiny_policy, tiny_encoder, tmp_path, steps=1, reward_funcs=blind).train()
+
+
+def test_a_reward_of_the_wrong_count_stops(tiny_policy, tiny_encoder, tmp_path):
+    def short(completions, **_):
+        return [1.0] * (len(completions) - 1)
+
+    with pytest.raises(ValueError, match="'short' returned 11 rewards, but 12"):
+        build(tiny_policy, tiny_encoder, tmp_path, steps=1, reward_funcs=short).train()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_generations": 1, "per_device_train_batch_size": 4}, "at least"),
+        ({"alpha": -1.0}, "alpha must not be negative, got -1"),
+        ({"advantage": "paper", "scale_rewards": "group"}, "must be 'none', got 'group'"),
+    ],
+)
+def test_configuration_errors(tmp_path, settings, message):
+    base = {
+        "output_dir": str(tmp_path),
+        "num_generations": 4,
+        "per_device_train_batch_size": 4,
+        "bf16": False,
+        "use_cpu": True,
+    }
+    with pytest.raises(ValueError, match=message):
+        DQOConfig(**(base | settings))
