@@ -91,6 +91,18 @@ def locate(model: str, revision: str | None = None) -> ModelLocation:
     return ModelLocation(model, model, revision)
 
 
+def check_available(model: str, revision: str | None = None) -> None:
+    """Raise what `locate` would raise, without rebuilding a bundled model: a moment, and no deep-learning library.
+
+    Raises:
+        DQOError: As `locate`.
+    """
+    if model.startswith("bundled:"):
+        _installed(model)
+    else:
+        locate(model, revision)
+
+
 def bundled_models() -> dict[str, str | None]:
     """Return each bundled model's name with its installed package version, `None` where it is missing."""
     return {f"bundled:{name}": _version(package) for name, package in _BUNDLED.items()}
@@ -103,7 +115,8 @@ def _version(package: _Package) -> str | None:
         return None
 
 
-def _locate_bundled(model: str) -> ModelLocation:
+def _installed(model: str) -> tuple[_Package, Path, str]:
+    """Return a bundled model's package, the file or folder in it, and its revision."""
     name = model.removeprefix("bundled:")
     package = _BUNDLED.get(name)
     if package is None:
@@ -112,9 +125,12 @@ def _locate_bundled(model: str) -> ModelLocation:
     version = _version(package)
     if spec is None or spec.origin is None or version is None:
         raise DQOError(f"model {model!r}: its package is not installed; install it with: {package.install}")
-    source = Path(spec.origin).parent / package.file
-    revision = f"{package.distribution}=={version}"
-    folder = source if not package.gguf else _rebuilt(source, name)
+    return package, Path(spec.origin).parent / package.file, f"{package.distribution}=={version}"
+
+
+def _locate_bundled(model: str) -> ModelLocation:
+    package, source, revision = _installed(model)
+    folder = _rebuilt(source, model.removeprefix("bundled:")) if package.gguf else source
     return ModelLocation(str(folder), model, revision)
 
 

@@ -88,15 +88,16 @@ def start(recipe: Recipe, folder: RunFolder, fresh: bool) -> subprocess.Popen[by
     Raises:
         DQOError: If the data, a model or MLflow cannot be used; nothing has been started then.
     """
-    from dqo.bundled import locate
+    from dqo.bundled import check_available
     from dqo.data import source_fingerprint
     from dqo.tasks import get_task
     from dqo.tracking import check_reachable
     from pipelines.pipeline import compile_recipe
 
     source = source_fingerprint(recipe.data, get_task(recipe.task))
-    locate(recipe.policy.model, recipe.policy.revision)
-    locate(recipe.encoder.model, recipe.encoder.revision)
+    # Only a look: rebuilding the bundled model (once) is for the runner's process, whose output goes to the log.
+    check_available(recipe.policy.model, recipe.policy.revision)
+    check_available(recipe.encoder.model, recipe.encoder.revision)
     uri = tracking_uri(recipe, folder.root)
     check_reachable(uri)
     if fresh:

@@ -3,8 +3,10 @@
 import errno
 import hashlib
 import json
+import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +23,9 @@ from dqo.recipe import Recipe
 
 _DONE = "done.json"
 PIPELINE_FILE = "pipeline.json"
+# How `torch.save` fails: `[enforce fail at inline_container.cc:672] . unexpected pos 3949312 vs 3949200`, or
+# `PytorchStreamWriter failed writing file data/1: file write failed`.
+_TORCH_WRITER = ("inline_container.cc", "PytorchStreamWriter")
 
 
 @dataclass(frozen=True)
@@ -144,12 +149,16 @@ def running(context: Context, name: str, key: str) -> Iterator[tuple[StageFolder
 def full_disk_message(error: BaseException, folder: Path) -> str | None:
     """Say what to do if an exception, or what caused it, means that the disk is full; else None.
 
-    torch and safetensors report a full disk in exceptions of their own, without an errno.
+    safetensors, sqlite and torch report a full disk in exceptions of their own, without an errno. torch's zip writer
+    does not even say that the disk was the reason (its bookkeeping stumbles over the short write, or the write fails
+    in a destructor), so for it the disk is asked.
     """
     seen: BaseException | None = error
     while seen is not None:
+        text = str(seen)
         full = isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left on device" in str(seen) or "os error 28" in str(seen) or "disk is full" in str(seen):
+        full = full or any(words in text for words in ("No space left on device", "os error 28", "disk is full"))
+        if full or (any(words in text for words in _TORCH_WRITER) and not _accepts(folder, 2**20)):
             free = shutil.disk_usage(folder).free
             return (
                 f"{folder}: the disk is full ({free / 2**20:.0f} MiB free) while writing a checkpoint or result; "
@@ -157,3 +166,15 @@ def full_disk_message(error: BaseException, folder: Path) -> str | None:
             )
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+def _accepts(folder: Path, size: int) -> bool:
+    """Whether a file of `size` bytes can be written below a folder now, by writing one."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as stream:
+            stream.write(b"\0" * size)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError:
+        return False
+    return True
