@@ -59,7 +59,8 @@ class ResponseEncoder:
         """
         if not texts:
             raise ValueError("no texts to embed")
-        unique = sorted(set(texts), key=len)
+        # Ties in a fixed order: the order of a set differs between processes, and with it the last bits of a batch.
+        unique = sorted(set(texts), key=lambda text: (len(text), text))
         position = {text: index for index, text in enumerate(unique)}
         vectors, cut = [], torch.zeros(len(unique))
         with torch.no_grad(), torch.autocast(self._model.device.type, enabled=False):

@@ -1,16 +1,21 @@
 """Sampling groups of responses from a causal language model held in memory.
 
-`transformers.generate` prefills a prompt once for every response of its group, and on a CPU spends two thirds of its
-time in full-vocabulary random numbers. `sample` prefills each prompt once and repeats its cache, draws by inverse
-transform (one uniform number a token instead of one a vocabulary entry) and drops finished rows from the batch. The
-distribution is the same. Serving engines do better on a GPU: use vLLM there (recipe: `rl.rollout`).
+`transformers.generate` prefills a prompt once for every response of its group, copies its whole cache at every token and
+draws one random number a vocabulary entry. `sample` prefills each prompt once and repeats its cache into memory that is
+reserved for the whole response, draws by inverse transform (one uniform number a token), drops finished rows from the
+batch, and multiplies by merged weights where an adapter allows. The distribution is the same. Serving engines do better
+on a GPU: use vLLM there (recipe: `rl.rollout`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import (
     DynamicCache,
@@ -24,17 +29,23 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from dqo.errors import DQOError
 from dqo.recipe import Sampling
+from dqo.shared_prompt import prefill
 
 
 def shares_prompts(config: PretrainedConfig) -> bool:
-    """Whether a prompt's key-value cache may be computed once and repeated for the responses of its group.
+    """Whether a prompt may be computed once and repeated for the responses of its group.
 
-    True for decoders whose layers all keep a plain, growing cache (full attention); False for recurrent states,
-    sliding windows and encoder-decoders, for which callers fall back to whole sequences.
+    True for decoders whose layers all keep a plain, growing cache (full attention) and whose logits are the head
+    applied to the last hidden state; False for recurrent states, sliding windows, encoder-decoders, and logits that are
+    scaled or capped afterwards, for which callers fall back to whole sequences.
     """
     text_config = config.get_text_config()
     if config.is_encoder_decoder or getattr(text_config, "is_encoder_decoder", False):
+        return False
+    altered = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+    if any(getattr(text_config, name, None) is not None for name in altered):
         return False
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=text_config).layers)
 
@@ -74,23 +85,32 @@ def sample(
     row_of = {ids: index for index, ids in enumerate(unique)}
     rows = torch.tensor([row_of[tuple(ids)] for ids in prompts], device=device)
     prompt_ids, prompt_mask = left_pad(unique, pad_id, device)
-    warpers: Any = _warpers(settings)
     ends = torch.tensor(list(eos_ids), device=device)
 
-    cache = DynamicCache(config=model.config.get_text_config())
-    positions = (prompt_mask.cumsum(-1) - 1).clamp(min=0)
-    logits = model(
-        input_ids=prompt_ids,
-        attention_mask=prompt_mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
-    cache.batch_select_indices(rows)
-    logits, mask, position = logits[rows], prompt_mask[rows], positions[rows, -1]
+    with _merged(model):
+        return _decode(model, prompt_ids, prompt_mask, rows, settings, ends, pad_id, generator)
 
-    count, length = len(prompts), settings.max_new_tokens
+
+def _decode(
+    model: PreTrainedModel,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    rows: Tensor,
+    settings: Sampling,
+    ends: Tensor,
+    pad_id: int,
+    generator: torch.Generator | None,
+) -> list[list[int]]:
+    """Draw a response for each of `rows`, which name prompts of `(prompts, p)`."""
+    causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    warpers: Any = _warpers(settings)
+    prefilled = prefill(causal, prompt_ids, prompt_mask)
+    cache, mask, position = prefilled.cache, prefilled.mask[rows], prefilled.next_position[rows]
+    logits = _logits(causal, prefilled.last_hidden[:, -1])
+    _require_finite(logits)
+    logits = logits[rows]
+    cache.layers = [_ReservedLayer(layer, rows, settings.max_new_tokens) for layer in cache.layers]
+    device, count, length = rows.device, len(rows), settings.max_new_tokens
     drawn = torch.full((count, length), pad_id, device=device)
     lengths = torch.full((count,), length, device=device)
     active = torch.arange(count, device=device)  # rows of `drawn` that the batch still holds
@@ -110,15 +130,102 @@ def sample(
             active, tokens, mask, position = active[keep], tokens[keep], mask[keep], position[keep]
             alive = alive[keep]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        position = position + 1
-        logits = model(
+        hidden = causal.base_model(
             input_ids=tokens[:, None],
             attention_mask=mask,
             position_ids=position[:, None],
             past_key_values=cache,
             use_cache=True,
-        ).logits[:, -1]
+        ).last_hidden_state[:, -1]
+        logits = _logits(causal, hidden)
+        position = position + 1
     return [row[:end] for row, end in zip(drawn.tolist(), lengths.tolist(), strict=True)]
+
+
+class _ReservedLayer(DynamicLayer):
+    """A growing layer of the cache in memory reserved beforehand; the plain one copies all of it at every token."""
+
+    def __init__(self, layer: Any, rows: Tensor, extra: int) -> None:
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
+        self._length = layer.keys.shape[-2]
+        self._reserved = [_reserve(states, rows, extra) for states in (layer.keys, layer.values)]
+        self.keys, self.values = (states[:, :, : self._length] for states in self._reserved)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        start, self._length = self._length, self._length + key_states.shape[-2]
+        for states, new in zip(self._reserved, (key_states, value_states), strict=True):
+            states[:, :, start : self._length] = new
+        self.keys, self.values = (states[:, :, : self._length] for states in self._reserved)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._reserved = [states[indices] for states in self._reserved]
+        self.keys, self.values = (states[:, :, : self._length] for states in self._reserved)
+
+
+def _reserve(states: Tensor, rows: Tensor, extra: int) -> Tensor:
+    """Some rows of `(rows, heads, length, d)`, with room for `extra` more tokens."""
+    _, heads, length, size = states.shape
+    reserved = states.new_empty(len(rows), heads, length + extra, size)
+    reserved[:, :, :length] = states[rows]
+    return reserved
+
+
+@contextmanager
+def _merged(model: PreTrainedModel) -> Iterator[None]:
+    """Hold a LoRA model's float32 weights merged: two small products less for each large one.
+
+    The frozen weights are set aside and put back, not subtracted, so that nothing drifts. Weights in bfloat16 stay as
+    they are: rounding would swallow an adapter's small updates, and the sampled policy were not the trained one.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLinear)] if _may_merge(model) else []
+    weights = [layer.get_base_layer().weight for layer in layers]
+    frozen = [weight.data for weight in weights]
+    try:
+        for layer in layers:
+            layer.merge(safe_merge=True)  # into a copy of the weight
+        yield
+    finally:
+        for layer, weight, data in zip(layers, weights, frozen, strict=True):
+            weight.data = data
+            layer.merged_adapters.clear()
+
+
+def _may_merge(model: PreTrainedModel) -> bool:
+    """On a CPU, with every adapter a plain LoRA of a float32 linear layer that nobody has merged."""
+    if not isinstance(model, PeftModel) or model.device.type != "cpu":
+        return False
+    tuned = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    return all(
+        isinstance(layer, LoraLinear)
+        and not layer.merged
+        and not any(layer.lora_bias.values())
+        and layer.get_base_layer().weight.dtype == torch.float32
+        for layer in tuned
+    )
+
+
+def _logits(causal: Any, hidden: Tensor) -> Tensor:
+    """The head applied to the last hidden states, `(rows, d)` -> `(rows, vocabulary)`."""
+    head = causal.get_output_embeddings()
+    if hidden.device.type == "cpu" and head.bias is None:
+        # A tall product is about twice as fast on a CPU as its transpose, a wide one of few rows.
+        return (head.weight @ hidden.T).T
+    return head(hidden)
+
+
+def _require_finite(logits: Tensor) -> None:
+    """A diverged policy has no distribution to draw from.
+
+    Raises:
+        DQOError: If a logit is NaN or infinite above.
+    """
+    if torch.isnan(logits).any() or torch.isposinf(logits).any():
+        raise DQOError(
+            "the policy's logits are not finite, so no response can be drawn: training has diverged; lower "
+            "learning_rate or max_grad_norm"
+        )
 
 
 def _warpers(settings: Sampling) -> LogitsProcessorList:

@@ -23,6 +23,9 @@ DiversityMetric = Literal[
     "distinct_1", "distinct_2", "distinct_4", "self_bleu_diversity", "cosine_distance", "log_volume", "vendi_score"
 ]
 
+UNGROUPED = 2
+"""Rows a prompt in SFT without rollouts: a group is only the trainer's way to count then, and two is the least."""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
@@ -281,17 +284,29 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "Recipe":
+        problems = []
         if self.gate.against == "reward_only" and "reward_only" not in self.method.baselines:
-            raise ValueError(
-                "gate.against is 'reward_only', but method.baselines does not train it; add it there or compare "
-                "with 'sft' or 'base'"
+            problems.append(
+                "gate.against: got 'reward_only', which method.baselines does not train; add it there or compare with "
+                "'sft' or 'base'"
             )
-        for name, stage in (("sft", self.sft), ("rl", self.rl)):
-            if stage.micro_batch is not None and (stage.prompts_per_step * self.method.k) % stage.micro_batch:
-                raise ValueError(
-                    f"{name}.micro_batch = {stage.micro_batch} does not divide {name}.prompts_per_step * method.k = "
-                    f"{stage.prompts_per_step * self.method.k}"
+        if self.resources.accelerator_count > 1:
+            problems.append(
+                f"resources.accelerator_count: got {self.resources.accelerator_count}; expected 1, since a stage is one "
+                "process so far"
+            )
+        for name, stage, k in (
+            ("sft", self.sft, self.method.k if self.sft.alpha > 0 else UNGROUPED),
+            ("rl", self.rl, self.method.k),
+        ):
+            rows = stage.prompts_per_step * k
+            if stage.micro_batch is not None and rows % stage.micro_batch:
+                problems.append(
+                    f"{name}.micro_batch: got {stage.micro_batch}; expected a divisor of the {rows} sequences of a "
+                    f"step ({name}.prompts_per_step = {stage.prompts_per_step} times {k})"
                 )
+        if problems:
+            raise ValueError("\n".join(problems))  # a line each, see _readable
         return self
 
     @property
@@ -366,6 +381,8 @@ def _readable(error: ValidationError, where: str) -> str:
             )
         elif item["type"] == "missing":
             lines.append(f"  {field}: missing; a value is required")
+        elif not item["loc"] and item["type"] == "value_error":  # Recipe._sections_fit
+            lines += [f"  {problem}" for problem in item["msg"].removeprefix("Value error, ").split("\n")]
         elif isinstance(value, dict) or item["type"] == "value_error":
             lines.append(f"  {field}: {item['msg'].removeprefix('Value error, ')}")
         else:

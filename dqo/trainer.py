@@ -25,7 +25,7 @@ from dqo.determinant import leave_one_out_bonus, log_volume
 from dqo.embedding import ResponseEncoder
 from dqo.errors import DQOError
 from dqo.recipe import Sampling
-from dqo.shared_prompt import add_shared_prompt_forward, has_plain_head
+from dqo.shared_prompt import add_shared_prompt_forward
 
 
 @dataclass
@@ -97,9 +97,12 @@ class DQOTrainer(GRPOTrainer):
         self._shares_prompts = (
             args.share_prompts and generation.shares_prompts(base.config) and not self._is_vlm and not sharded
         )
-        self._scores_shared = self._shares_prompts and has_plain_head(base) and not args.gradient_checkpointing
+        self._scores_shared = self._shares_prompts and not args.gradient_checkpointing
         if self._scores_shared:
-            add_shared_prompt_forward(base, self.temperature)
+            add_shared_prompt_forward(base)
+        elif args.quality == "demonstration" and args.temperature != 1.0:
+            # TRL's fused head divides the logits by the rollouts' temperature; a likelihood has none.
+            raise ValueError(f"quality='demonstration' needs temperature 1.0 for this model, got {args.temperature}")
         self._gathered_rewards = torch.empty(0)
         self._gathered_embeddings = torch.empty(0)
         self._encoder_cut_share = 0.0
@@ -243,6 +246,7 @@ class DQOTrainer(GRPOTrainer):
                     completion_ids=ids[:, split:],
                     completion_mask=mask[:, split:],
                     prompt_rows=rows,
+                    temperature=self.temperature,
                 )
             pieces.append(scores)
         log_probs = torch.cat([piece.log_probs for piece in pieces])
@@ -290,7 +294,10 @@ class DQOTrainer(GRPOTrainer):
         distinct, counts = torch.unique(packed, dim=0, return_counts=True)
         ids, labels, mask = distinct.chunk(3, dim=1)
         with self.accelerator.autocast():
-            log_probs = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True).log_probs
+            if self._scores_shared:
+                log_probs = model(**_split(ids, labels, mask), temperature=1.0).log_probs
+            else:
+                log_probs = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True).log_probs
         k, rows = self.num_generations, self.args.generation_batch_size
         assert k is not None and rows is not None  # set by GRPOConfig
         weights, prompts = counts / k, rows / k
@@ -300,6 +307,22 @@ class DQOTrainer(GRPOTrainer):
         total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
         self._metrics["train"]["demonstration_nll"].append(-total / count)
         return -likelihood / self.max_completion_length
+
+
+def _split(ids: Tensor, labels: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Right-padded demonstrations, `(rows, t)`, as prompts and responses in the form of `add_shared_prompt_forward`."""
+    lengths, trained = mask.sum(-1).tolist(), (labels != -100).sum(-1).tolist()
+    prompts = [row[: end - count] for row, end, count in zip(ids.tolist(), lengths, trained, strict=True)]
+    responses = [row[end - count : end] for row, end, count in zip(ids.tolist(), lengths, trained, strict=True)]
+    input_ids, attention_mask = generation.left_pad(prompts, 0, ids.device)
+    longest = max(trained)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "completion_ids": ids.new_tensor([row + [0] * (longest - len(row)) for row in responses]),
+        "completion_mask": ids.new_tensor([[1] * len(row) + [0] * (longest - len(row)) for row in responses]),
+        "prompt_rows": torch.arange(len(ids), device=ids.device),
+    }
 
 
 def _no_reward(completions: list[Any], **_: Any) -> list[float]:

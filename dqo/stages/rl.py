@@ -64,7 +64,10 @@ def run(context: Context, variant: str, data: Path, parent: Path, checkpoint: Pa
     card = DataCard.read(data / "card.json")
     alpha = recipe.method.alpha if variant == "dqo" else 0.0
     key = stage_key(
-        rl=recipe.rl.model_dump(),
+        # Not what only says how often to write, or where the rollout server is: a change must not lose checkpoints.
+        rl=recipe.rl.model_dump(
+            exclude={"save_every": True, "log_completions_every": True, "rollout": {"server_base_url"}}
+        ),
         # alpha alone tells the variants apart, so a changed alpha does not repeat the baseline.
         method=recipe.method.model_dump(exclude={"baselines", "alpha"}) | {"alpha": alpha},
         encoder=recipe.encoder.model_dump(),

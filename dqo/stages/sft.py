@@ -6,6 +6,7 @@ from pathlib import Path
 from dqo import tracking
 from dqo.data import DataCard, encode_demonstration, read_rows
 from dqo.policy import load_tokenizer, stop_ids
+from dqo.recipe import UNGROUPED
 from dqo.stages.context import Context, running, stage_key
 from dqo.stages.training import configuration, parameters, publish, train
 
@@ -23,12 +24,12 @@ def run(context: Context, data: Path, checkpoint: Path) -> None:
     """
     recipe = context.recipe
     card = DataCard.read(data / "card.json")
-    method = recipe.method.model_dump(exclude={"baselines", "alpha"}) if recipe.sft.alpha else {}
+    rolls_out = recipe.sft.alpha > 0
     key = stage_key(
-        sft=recipe.sft.model_dump(),
-        method=method,
-        encoder=recipe.encoder.model_dump() if recipe.sft.alpha else None,
-        sampling=recipe.rl.sampling.model_dump() if recipe.sft.alpha else None,
+        sft=recipe.sft.model_dump(exclude={"save_every"}),
+        method=recipe.method.model_dump(exclude={"baselines", "alpha"}) if rolls_out else {},
+        encoder=recipe.encoder.model_dump() if rolls_out else None,
+        sampling=recipe.rl.sampling.model_dump() if rolls_out else None,
         policy=recipe.policy.model_dump(),
         seed=recipe.seed,
         data=card.digest,
@@ -43,12 +44,13 @@ def run(context: Context, data: Path, checkpoint: Path) -> None:
                 folder.path,
                 quality="demonstration",
                 alpha=recipe.sft.alpha,
-                # Without rollouts a group is only the trainer's way to count, and two is the least it takes.
-                num_generations=recipe.method.k if recipe.sft.alpha > 0 else 2,
-                max_completion_length=recipe.rl.sampling.max_new_tokens,
-                temperature=recipe.rl.sampling.temperature,
-                top_p=recipe.rl.sampling.top_p,
-                top_k=recipe.rl.sampling.top_k,
+                num_generations=recipe.method.k if rolls_out else UNGROUPED,
+                max_completion_length=(
+                    recipe.rl.sampling.max_new_tokens if rolls_out else recipe.sft.max_response_tokens
+                ),
+                temperature=recipe.rl.sampling.temperature if rolls_out else 1.0,
+                top_p=recipe.rl.sampling.top_p if rolls_out else 1.0,
+                top_k=recipe.rl.sampling.top_k if rolls_out else 0,
                 beta=0.0,
                 loss_type="dr_grpo",
                 scale_rewards="none",

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from dqo.bundled import locate
 from dqo.data import DataCard
@@ -190,6 +190,7 @@ def train(
         )
     device = default_device()
     tokenizer = load_tokenizer(recipe.policy)
+    set_seed(recipe.seed)  # a new adapter is drawn before the trainer sets its seed
     model = trainable(recipe.policy, device, parent)
     embeds = args.alpha > 0 or (args.measure_diversity and reward is not None)
     encoder = ResponseEncoder(recipe.encoder, device) if embeds else None

@@ -104,18 +104,35 @@ def test_every_error_is_reported_at_once():
 
 def test_gate_against_a_baseline_that_is_not_trained():
     message = refusal("name: a\nmethod: {baselines: []}")
-    assert "gate.against is 'reward_only'" in message and "method.baselines" in message
+    assert "  gate.against: got 'reward_only'" in message and "method.baselines" in message
     recipe = parse("name: a\nmethod: {baselines: []}\ngate: {against: sft}")
     assert recipe.model_names == ["base", "sft", "dqo"]
 
 
 @pytest.mark.parametrize("stage", ["sft", "rl"])
 def test_micro_batch_must_divide_the_step(stage: str):
+    k = 2 if stage == "sft" else 6  # SFT without rollouts holds two rows a prompt, whatever the group size
     message = refusal(f"name: a\nmethod: {{k: 6}}\n{stage}: {{prompts_per_step: 2, micro_batch: 5}}")
-    assert f"{stage}.micro_batch = 5 does not divide" in message
-    assert "= 12" in message  # 2 prompts x 6 rollouts
-    for divisor in (1, 4, 12):
+    assert f"  {stage}.micro_batch: got 5; expected a divisor of the {2 * k} sequences" in message
+    for divisor in (1, 4, 2 * k):
         parse(f"name: a\nmethod: {{k: 6}}\n{stage}: {{prompts_per_step: 2, micro_batch: {divisor}}}")
+
+
+def test_sft_with_rollouts_holds_whole_groups():
+    """Three prompts are 6 rows without rollouts and 24 with them, so 8 divides only the second."""
+    text = "name: a\nmethod: {{k: 8}}\nsft: {{prompts_per_step: 3, micro_batch: 8, alpha: {alpha}}}"
+    assert "sft.micro_batch: got 8; expected a divisor of the 6 sequences" in refusal(text.format(alpha=0))
+    parse(text.format(alpha=1))
+
+
+def test_every_misfit_of_sections_is_reported_at_once():
+    message = refusal(
+        "name: a\nmethod: {baselines: [], k: 4}\nrl: {prompts_per_step: 2, micro_batch: 3}\n"
+        "resources: {accelerator: nvidia.com/gpu, accelerator_count: 2}"
+    )
+    assert message.startswith("my.yaml: 3 errors in the recipe\n")
+    fields = [line.split(":")[0].strip() for line in message.splitlines()[1:]]
+    assert fields == ["gate.against", "resources.accelerator_count", "rl.micro_batch"]
 
 
 @pytest.mark.parametrize("scale", ["group", "batch"])

@@ -16,7 +16,7 @@ TEMPERATURE = 0.7
 def build(folder, lora):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    add_shared_prompt_forward(model, TEMPERATURE)
+    add_shared_prompt_forward(model)
     if not lora:
         return model
     wrapped = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -39,6 +39,7 @@ def shared(model):
         completion_ids=completion,
         completion_mask=completion_mask,
         prompt_rows=torch.tensor(ROWS),
+        temperature=TEMPERATURE,
     )
 
 
