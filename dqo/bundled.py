@@ -91,16 +91,31 @@ def locate(model: str, revision: str | None = None) -> ModelLocation:
     return ModelLocation(model, model, revision)
 
 
-def check_available(model: str, revision: str | None = None) -> None:
-    """Raise what `locate` would raise, without rebuilding a bundled model: a moment, and no deep-learning library.
+def identity(model: str, revision: str | None = None) -> str:
+    """Say what a model's name stands for now, for the keys of what is computed with it.
+
+    Args:
+        model: See `locate`.
+        revision: Hub revision.
+
+    Returns:
+        Package and version of a bundled model; a digest over the names, sizes and times of a directory's files; the
+        revision of a hub model, `main` where the recipe pins none.
 
     Raises:
         DQOError: As `locate`.
     """
     if model.startswith("bundled:"):
-        _installed(model)
-    else:
-        locate(model, revision)
+        return _installed(model)[2]
+    location = locate(model, revision)
+    folder = Path(location.load)
+    if not folder.is_dir():
+        return revision or "main"
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        stat = path.stat()
+        digest.update(f"{path.relative_to(folder).as_posix()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return f"sha256:{digest.hexdigest()[:16]}"
 
 
 def bundled_models() -> dict[str, str | None]:

@@ -1,10 +1,10 @@
 """Sampling groups of responses from a causal language model held in memory.
 
-`transformers.generate` prefills a prompt once for every response of its group, copies its whole cache at every token and
-draws one random number a vocabulary entry. `sample` prefills each prompt once and repeats its cache into memory that is
-reserved for the whole response, draws by inverse transform (one uniform number a token), drops finished rows from the
-batch, and multiplies by merged weights where an adapter allows. The distribution is the same. Serving engines do better
-on a GPU: use vLLM there (recipe: `rl.rollout`).
+`transformers.generate` prefills a prompt once for every response of its group, copies its whole cache at every token
+and draws one random number a vocabulary entry. `sample` prefills each prompt once and repeats its cache into memory
+that is reserved for the whole response, draws by inverse transform (one uniform number a token), drops finished rows
+from the batch, and multiplies by merged weights where an adapter allows. The distribution is the same. Serving engines
+do better on a GPU: use vLLM there (recipe: `rl.rollout`).
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,11 +1,10 @@
 """What a running stage tells the outside: one JSON line an event, appended to a file.
 
-The command line follows the file and draws it; on a cluster the same lines go to the pod's log. The display is no part
-of any stage, so nothing a stage computes depends on who watches.
+The command line follows the file and draws it. The display is no part of any stage, so nothing a stage computes depends
+on who watches.
 """
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -17,11 +16,11 @@ class Progress:
     """Reports the events of one stage.
 
     Args:
-        path: File to append to; `None` writes to standard output.
+        path: File to append to.
         stage: Name that the display shows, e.g. `rl: dqo`.
     """
 
-    def __init__(self, path: Path | None, stage: str) -> None:
+    def __init__(self, path: Path, stage: str) -> None:
         self._path = path
         self._stage = stage
 
@@ -36,11 +35,6 @@ class Progress:
             line["message"] = message
         if metrics:
             line["metrics"] = {name: value for name, value in metrics.items() if value == value}
-        text = json.dumps(line) + "\n"
-        if self._path is None:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-            return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(text)
+            stream.write(json.dumps(line) + "\n")

@@ -11,9 +11,10 @@ import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlparse
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dqo.errors import DQOError
 
@@ -104,7 +105,7 @@ class Method(_Section):
     """Group size: responses sampled for a prompt (TRL's num_generations)."""
     advantage: Literal["paper", "centred", "decoupled"] = "decoupled"
     """How the bonus enters the advantage (docs/method.md): `paper` r + alpha b; `centred` both centred by the group;
-    `decoupled` quality normalised by the group, bonus centred by the other prompts' groups."""
+    `decoupled` quality centred by the group, bonus by the other prompts' groups."""
     quality_scale: Literal["none", "group", "batch"] = "none"
     """Divide the quality advantage by the standard deviation of the group or of the batch. The bonus is never
     divided: alpha would cancel where qualities tie."""
@@ -241,9 +242,20 @@ class Tracking(_Section):
     """Where MLflow is."""
 
     uri: str | None = None
-    """Tracking URI; `null` is an sqlite file below the run directory's parent, or MLFLOW_TRACKING_URI where set."""
+    """Tracking URI. `null` takes MLFLOW_TRACKING_URI where the stages run; without it, `dqo run` takes an sqlite file
+    in its output folder, and a task on a cluster stops. A password belongs in MLFLOW_TRACKING_PASSWORD."""
     experiment: str = "dqo"
     """Experiment name."""
+
+    @field_validator("uri")
+    @classmethod
+    def _holds_no_password(cls, uri: str | None) -> str | None:
+        if uri is not None and "@" in urlparse(uri).netloc and uri.startswith("http"):
+            raise ValueError(
+                "holds a user name or password, which would be written into reports and compiled pipelines; expected "
+                "http(s)://host:port, with MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD set where it runs"
+            )
+        return uri
 
 
 class Resources(_Section):
@@ -285,6 +297,8 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _sections_fit(self) -> "Recipe":
         problems = []
+        if len(set(self.method.baselines)) < len(self.method.baselines):
+            problems.append(f"method.baselines: got {self.method.baselines}; expected each baseline once")
         if self.gate.against == "reward_only" and "reward_only" not in self.method.baselines:
             problems.append(
                 "gate.against: got 'reward_only', which method.baselines does not train; add it there or compare with "
@@ -292,8 +306,8 @@ class Recipe(_Section):
             )
         if self.resources.accelerator_count > 1:
             problems.append(
-                f"resources.accelerator_count: got {self.resources.accelerator_count}; expected 1, since a stage is one "
-                "process so far"
+                f"resources.accelerator_count: got {self.resources.accelerator_count}; expected 1, since a stage is "
+                "one process so far"
             )
         for name, stage, k in (
             ("sft", self.sft, self.method.k if self.sft.alpha > 0 else UNGROUPED),
@@ -332,11 +346,12 @@ class Recipe(_Section):
 
     def to_json(self) -> str:
         """Return the recipe with its defaults as one canonical JSON string (keys sorted)."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        # Not escaped: YAML reads an escaped surrogate pair as two characters.
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
     def to_yaml(self) -> str:
         """Return the recipe with its defaults filled in, as YAML in the order of the types."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
     @property
     def digest(self) -> str:
@@ -361,12 +376,17 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """YAML that `_StrictLoader` reads back: a text such as a commit 5e93851 is quoted."""
+
+
 # YAML 1.1 reads 2e-4 as a string; every other reader, and every author of a recipe, means a number.
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
+for _yaml in (_StrictLoader, _Dumper):
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"),
+        list("-+0123456789"),
+    )
 
 
 def _readable(error: ValidationError, where: str) -> str:

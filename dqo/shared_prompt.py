@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from trl.kernels import ChunkedLogProbFunction
 
-# Vocabulary entries a tile: the head works through the vocabulary in tiles to bound memory. On a CPU a tile of 700 tokens
-# has to stay in the cache, or the passes over it cost more than the products (2.7 s instead of 1.1 s a step here).
+# Vocabulary entries a tile: the head works through the vocabulary in tiles to bound memory. On a CPU a tile has to stay
+# in the processor's cache, or the passes over it cost more than the products (docs/development.md).
 _CPU_TILE, _GPU_TILE = 4096, 65536
 
 

@@ -36,12 +36,29 @@ def default_uri(folder: Path) -> str:
     return f"sqlite:///{(folder / 'mlflow.db').resolve()}"
 
 
+def public(uri: str) -> str:
+    """An address without the user name and password it may hold, for files and messages that others read."""
+    parsed = urlparse(uri)
+    return uri if "@" not in parsed.netloc else parsed._replace(netloc=parsed.netloc.rpartition("@")[2]).geturl()
+
+
+def run_link(uri: str, experiment: str, run_id: str | None) -> str:
+    """Address of a run, or of its experiment, in the page of an MLflow server; empty where `uri` is no server's."""
+    if not uri.startswith(("http://", "https://")):
+        return ""
+    return f"{public(uri).rstrip('/')}/#/experiments/{experiment}" + (f"/runs/{run_id}" if run_id else "")
+
+
 def check_reachable(uri: str) -> None:
     """Fail now if MLflow does not answer.
 
     Raises:
         DQOError: Naming the URI, what happened and what to do.
     """
+    if not uri:
+        raise DQOError(
+            "tracking.uri: not set; expected MLflow's address there, or in MLFLOW_TRACKING_URI where the stages run"
+        )
     parsed = urlparse(uri)
     if parsed.scheme in ("http", "https"):
         try:
@@ -55,10 +72,10 @@ def check_reachable(uri: str) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DQOError(_unreachable(uri, f"{folder}: {error.strerror}")) from None
-    elif parsed.scheme not in ("postgresql", "postgresql+psycopg2", "mysql", "databricks"):
+    elif parsed.scheme.partition("+")[0] not in ("postgresql", "mysql", "mssql", "databricks"):
         raise DQOError(
-            f"tracking.uri {uri!r}: unknown kind of address; expected http(s)://host:port, sqlite:///file.db or a "
-            "database URI that MLflow takes"
+            f"tracking.uri {public(uri)!r}: unknown kind of address; expected http(s)://host:port, sqlite:///file.db "
+            "or a database URI that MLflow takes"
         )
     import mlflow
 
@@ -71,7 +88,7 @@ def check_reachable(uri: str) -> None:
 
 def _unreachable(uri: str, reason: str) -> str:
     return (
-        f"tracking.uri {uri!r}: MLflow does not answer ({reason}); start it, correct tracking.uri or "
+        f"tracking.uri {public(uri)!r}: MLflow does not answer ({reason}); start it, correct tracking.uri or "
         "MLFLOW_TRACKING_URI, or leave both out for a local sqlite store. Nothing was trained."
     )
 
@@ -183,13 +200,21 @@ class Run:
         """Upload a folder's files."""
         self._client.log_artifacts(self.id, str(path), artifact_path)
 
-    def file(self, path: Path, artifact_path: str | None = None) -> None:
-        """Upload one file."""
-        self._client.log_artifact(self.id, str(path), artifact_path)
+    def last_step(self, metric: str) -> int:
+        """Newest step at which a metric was logged, 0 where it was not."""
+        return max((entry.step for entry in self._client.get_metric_history(self.id, metric)), default=0)
 
-    def table(self, columns: dict[str, list[Any]], name: str) -> None:
-        """Log a table that MLflow's page shows; appends when the table exists."""
-        self._client.log_table(self.id, columns, name)
+    def table(self, columns: dict[str, list[Any]], name: str, append: bool = False) -> None:
+        """Log a table that MLflow's page shows.
+
+        Args:
+            columns: Column name -> values.
+            name: File name, ends in `.json`.
+            append: Add the rows to a table of that name; without it, an existing one is left as it is, since a stage
+                that is repeated would log the same rows again.
+        """
+        if append or not any(item.path == name for item in self._client.list_artifacts(self.id)):
+            self._client.log_table(self.id, columns, name)
 
     def figure(self, figure: Any, name: str) -> None:
         """Log a matplotlib figure."""

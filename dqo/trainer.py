@@ -8,15 +8,18 @@ embeddings are gathered over all processes before any group is formed, so a grou
 scored whole.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
+from torch.utils.data import Sampler
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import RepeatSampler
 
 from dqo import generation
 from dqo.advantage import group_advantages
@@ -49,9 +52,9 @@ class DQOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.num_generations is None or self.num_generations < 2:
-            raise ValueError(f"num_generations (k) must be at least 2, got {self.num_generations}")
+            raise ValueError(f"num_generations (k) must be 2 or more to span a volume, got {self.num_generations}")
+        super().__post_init__()
         if self.alpha < 0:
             raise ValueError(f"alpha must not be negative, got {self.alpha}")
         if self.advantage == "paper" and self.scale_rewards != "none":
@@ -59,6 +62,24 @@ class DQOConfig(GRPOConfig):
                 f"advantage 'paper' is r + alpha * b as it stands; scale_rewards must be 'none', got "
                 f"{self.scale_rewards!r}"
             )
+
+
+class _EpochSampler(RepeatSampler):
+    """TRL's sampler with an order of prompts that the epoch decides, so that resuming in a later epoch finds it again.
+
+    TRL's draws each epoch's order from where the last one left its generator, which a resumed process does not know.
+    """
+
+    _epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate's data loader at the start of each epoch."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            self.generator.manual_seed((self.seed or 0) + self._epoch)
+        return super().__iter__()
 
 
 class DQOTrainer(GRPOTrainer):
@@ -106,6 +127,17 @@ class DQOTrainer(GRPOTrainer):
         self._gathered_rewards = torch.empty(0)
         self._gathered_embeddings = torch.empty(0)
         self._encoder_cut_share = 0.0
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        sampler: Any = super()._get_train_sampler(dataset)
+        return _EpochSampler(
+            sampler.data_source,
+            sampler.mini_repeat_count,
+            sampler.batch_size,
+            sampler.repeat_count,
+            sampler.shuffle,
+            sampler.seed,
+        )
 
     # Rollouts ---------------------------------------------------------------------------------------------------
 
@@ -200,7 +232,7 @@ class DQOTrainer(GRPOTrainer):
             metrics["unscorable_rate"].append((~mask).float().mean().item())
         if volume is not None:
             metrics["bonus"].append(bonus[mask].mean().item())
-            metrics["log_volume"].append(volume.mean().item())
+            metrics["log_volume"].append(volume[mask.any(1)].mean().item())
             metrics["encoder_cut_share"].append(self._encoder_cut_share)
         k = rewards.shape[1]
         texts = [" ".join(_text(completion).split()).casefold() for completion in self._logs["completion"]]

@@ -20,6 +20,7 @@ _SHOWN = {
     "log_volume": "log-volume",
     "demonstration_nll": "nll/token",
     "duplicate_rate": "duplicates",
+    "unscorable_rate": "unscorable",
 }
 
 
@@ -180,7 +181,9 @@ class Display:
 
 
 def _figures(metrics: dict[str, float]) -> str:
-    return "  ".join(f"{label} {metrics[name]:.2f}" for name, label in _SHOWN.items() if name in metrics)
+    """The figures that are there; a share of responses that nothing could score only where there is one."""
+    shown = {name: value for name, value in metrics.items() if name != "unscorable_rate" or value > 0}
+    return "  ".join(f"{label} {shown[name]:.2f}" for name, label in _SHOWN.items() if name in shown)
 
 
 def _duration(seconds: float) -> str:
@@ -188,7 +191,7 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def summary(console: Console, labels: dict[str, str], metrics: dict[str, Any]) -> None:
+def summary(console: Console, labels: dict[str, str], metrics: dict[str, Any], confidence: float) -> None:
     """Print the run's models with the figures that matter; the three that the finding rests on with intervals."""
     columns = {
         "quality": ("quality", True),
@@ -198,7 +201,10 @@ def summary(console: Console, labels: dict[str, str], metrics: dict[str, Any]) -
         "duplicate_rate": ("dupl.", False),
     }
     table = Table(
-        title="Means over the evaluation prompts [95% interval]", title_justify="left", box=None, padding=(0, 1, 0, 0)
+        title=f"Means over the evaluation prompts [{confidence:.0%} interval]",
+        title_justify="left",
+        box=None,
+        padding=(0, 1, 0, 0),
     )
     table.add_column("model", no_wrap=True)
     for title, _ in columns.values():

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dqo.errors import DQOError
+from dqo.shell import dqo_command
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "sentence-transformers", "mlflow", "kfp")
 
@@ -36,7 +37,7 @@ def run(out: Path) -> int:
     if blocking:
         console.print("The quickstart cannot run here yet; see the advice above.")
         return 1
-    console.print("The quickstart can run here: dqo run recipes/quickstart.yaml", soft_wrap=True)
+    console.print(f"The quickstart can run here: {dqo_command('run', 'recipes/quickstart.yaml')}", soft_wrap=True)
     return 0
 
 

@@ -2,16 +2,17 @@
 
 import json
 import os
-import shlex
 import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from dqo.errors import DQOError
 from dqo.recipe import Recipe
+from dqo.shell import dqo_command, short
 from pipelines import local
 from pipelines.display import Display, Follower, summary
 
@@ -23,14 +24,15 @@ def run(recipe: Recipe, recipe_path: Path, out: Path, fresh: bool) -> int:
         DQOError: If it cannot start, or a stage stopped for a reason that the user can change.
     """
     console = Console(highlight=False)
-    again = shlex.join(["dqo", "run", str(recipe_path), *([] if out == Path("runs") else ["--out", str(out)])])
+    where = () if out == Path("runs") else ("--out", out)
+    again = dqo_command("run", recipe_path, *where)
     folder = local.RunFolder.of(recipe, out)
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DQOError(f"--out {out}: cannot be created ({error.strerror})") from None
     begin = time.time()
-    console.print(f"Recipe [bold]{recipe.name}[/] ({recipe.digest}); log: {_short(folder.log)}", soft_wrap=True)
+    console.print(f"Recipe [bold]{recipe.name}[/] ({recipe.digest}); log: {short(folder.log)}", soft_wrap=True)
     progress = folder.workspace / "progress" / f"{recipe.name}-{recipe.digest}.jsonl"
     follower = Follower(recipe, progress)
     process = local.start(recipe, folder, fresh)
@@ -54,10 +56,10 @@ def run(recipe: Recipe, recipe_path: Path, out: Path, fresh: bool) -> int:
         return 130
     if process.returncode != 0 or not folder.result.is_file():
         reason = follower.error or _last_lines(folder.log)
-        raise DQOError(f"{reason}\nThe log is {_short(folder.log)}. When it is mended, continue with:\n  {again}")
+        raise DQOError(f"{reason}\nThe log is {short(folder.log)}. When it is mended, continue with:\n  {again}")
     result = json.loads(folder.result.read_text(encoding="utf-8"))
     console.print()
-    summary(console, _labels(recipe), result["metrics"])
+    summary(console, _labels(recipe), result["metrics"], result["confidence"])
     registration = result["registration"]
     console.print()
     for reason in registration["gate"]["reasons"]:
@@ -66,10 +68,10 @@ def run(recipe: Recipe, recipe_path: Path, out: Path, fresh: bool) -> int:
     console.print(f"  gate {state}; registered {registration['name']} version {registration['version']} as "
                   f"{', '.join(registration['aliases'])}", soft_wrap=True)  # fmt: skip
     console.print()
-    console.print(f"Report: {_short(folder.report)}", soft_wrap=True)
-    opener = "dqo ui" if out == Path("runs") else shlex.join(["dqo", "ui", "--out", str(out)])
-    console.print(f"MLflow: {_activate()}{opener}", soft_wrap=True)
-    console.print(f"[dim]{time.time() - begin:.0f} s; a repeat reuses what is there (--fresh trains anew)[/]")
+    console.print(f"Report: {short(folder.report)}", soft_wrap=True)
+    console.print(f"MLflow: {_mlflow(result, folder, where)}", soft_wrap=True)
+    memory = f", at most {result['peak_memory_gib']:.1f} GiB in a stage" if result["peak_memory_gib"] > 0.1 else ""
+    console.print(f"[dim]{time.time() - begin:.0f} s{memory}; a repeat reuses what is there (--fresh trains anew)[/]")
     return 0
 
 
@@ -101,7 +103,11 @@ def _latest_run(uri: str) -> str:
     client = MlflowClient(uri)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     found = client.search_runs(
-        experiments, "tags.`dqo.stage` = 'pipeline'", max_results=1, order_by=["attributes.start_time DESC"]
+        # By its end: a repeated run keeps its start.
+        experiments,
+        "tags.`dqo.stage` = 'pipeline'",
+        max_results=1,
+        order_by=["attributes.end_time DESC"],
     )
     return f"#/experiments/{found[0].info.experiment_id}/runs/{found[0].info.run_id}" if found else ""
 
@@ -112,18 +118,14 @@ def _labels(recipe: Recipe) -> dict[str, str]:
     return {name: label(recipe, name) for name in recipe.model_names}
 
 
-def _short(path: Path) -> str:
-    """A path relative to here where it lies below."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
+def _mlflow(result: dict[str, Any], folder: local.RunFolder, where: tuple[str | Path, ...]) -> str:
+    """The one command, or the address, that opens this run in MLflow."""
+    from dqo.tracking import default_uri, run_link
 
-
-def _activate() -> str:
-    """How to reach `dqo` in a shell that has not activated its virtual environment."""
-    folder = Path(sys.prefix) / "bin"
-    return "" if str(folder) in os.environ.get("PATH", "").split(os.pathsep) else f"{_short(folder)}{os.sep}"
+    uri = result["mlflow_uri"]
+    if uri == default_uri(folder.root):
+        return dqo_command("ui", *where)
+    return run_link(uri, result["mlflow_experiment"], result["mlflow_run"]) or f"run {result['mlflow_run']} in {uri}"
 
 
 def _last_lines(log: Path, count: int = 8) -> str:

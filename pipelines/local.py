@@ -5,8 +5,10 @@ warnings, goes to a log file. The stages report to a progress file; this process
 """
 
 import hashlib
+import importlib.util
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,10 +18,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 import dqo
 from dqo.errors import DQOError
 from dqo.files import write_text
 from dqo.recipe import Recipe
+from dqo.tracking import public
 
 
 @dataclass(frozen=True)
@@ -61,16 +66,12 @@ class RunFolder:
         return self.path / "result.json"
 
 
-class Interrupted(Exception):
-    """The user pressed Ctrl-C, or the process was asked to end; everything is left so that it can continue."""
-
-
 def library_digest() -> str:
     """Version and digest of the installed library's source, so that Kubeflow's cache sees changed code."""
     digest = hashlib.sha256()
     folder = Path(dqo.__file__).parent
     for path in sorted(folder.rglob("*")):
-        if path.suffix in (".py", ".html", ".jsonl"):
+        if path.suffix in (".py", ".html", ".js", ".jsonl"):
             digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     return f"{dqo.__version__}+{digest.hexdigest()[:12]}"
 
@@ -88,7 +89,7 @@ def start(recipe: Recipe, folder: RunFolder, fresh: bool) -> subprocess.Popen[by
     Raises:
         DQOError: If the data, a model or MLflow cannot be used; nothing has been started then.
     """
-    from dqo.bundled import check_available
+    from dqo.bundled import identity
     from dqo.data import source_fingerprint
     from dqo.tasks import get_task
     from dqo.tracking import check_reachable
@@ -96,11 +97,16 @@ def start(recipe: Recipe, folder: RunFolder, fresh: bool) -> subprocess.Popen[by
 
     source = source_fingerprint(recipe.data, get_task(recipe.task))
     # Only a look: rebuilding the bundled model (once) is for the runner's process, whose output goes to the log.
-    check_available(recipe.policy.model, recipe.policy.revision)
-    check_available(recipe.encoder.model, recipe.encoder.revision)
+    models = [identity(section.model, section.revision) for section in (recipe.policy, recipe.encoder)]
     uri = tracking_uri(recipe, folder.root)
     check_reachable(uri)
+    if recipe.rl.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise DQOError(
+            "rl.rollout.engine: got 'vllm', which is not installed here; install dqo-pipelines[gpu] on a machine with "
+            "a GPU, or use 'transformers'"
+        )
     if fresh:
+        _require_idle(folder.workspace)
         shutil.rmtree(folder.path, ignore_errors=True)
         shutil.rmtree(folder.workspace, ignore_errors=True)
     _drop_stale_cache(recipe, folder, uri)
@@ -112,7 +118,7 @@ def start(recipe: Recipe, folder: RunFolder, fresh: bool) -> subprocess.Popen[by
         "recipe_json": recipe.to_json(),
         "workspace": str(folder.workspace),
         "mlflow_uri": uri,
-        "library": library_digest(),
+        "library": " ".join([library_digest(), *models]),
         "source": source,
     }
     write_text(folder.path / "arguments.json", json.dumps(arguments, indent=1))
@@ -121,10 +127,12 @@ def start(recipe: Recipe, folder: RunFolder, fresh: bool) -> subprocess.Popen[by
         "PYTHONUNBUFFERED": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
-    if all(
-        model.startswith("bundled:") or Path(model).exists() for model in (recipe.policy.model, recipe.encoder.model)
-    ):
+    names = (recipe.policy.model, recipe.encoder.model)
+    offline = all(name.startswith("bundled:") or Path(name).expanduser().exists() for name in names)
+    if offline and not recipe.data.source.startswith("hub:"):
         environment["HF_HUB_OFFLINE"] = "1"  # nothing to ask the hub for; without a network it would retry
+    # A stage is one process; with two GPUs in sight, transformers would wrap the model for both, which TRL refuses.
+    environment.setdefault("CUDA_VISIBLE_DEVICES", "0")
     with folder.log.open("ab") as log:
         log.write(f"\n--- {time.strftime('%Y-%m-%d %H:%M:%S')} {recipe.name} {recipe.digest}\n".encode())
         return subprocess.Popen(
@@ -140,13 +148,30 @@ def start(recipe: Recipe, folder: RunFolder, fresh: bool) -> subprocess.Popen[by
 def stop(process: subprocess.Popen[bytes]) -> None:
     """End the runner and the stage it runs: ask first, so that MLflow's run is closed, then insist."""
     for number, patience in ((signal.SIGTERM, 20.0), (signal.SIGKILL, 5.0)):
+        deadline = time.monotonic() + patience
         try:
             os.killpg(process.pid, number)
-            process.wait(patience)
+            while time.monotonic() < deadline:
+                process.poll()  # reaps the runner, which ends at once; its stage is still closing MLflow's run
+                os.killpg(process.pid, 0)
+                time.sleep(0.1)
         except ProcessLookupError:
             return
-        except subprocess.TimeoutExpired:
-            continue
+
+
+def _require_idle(workspace: Path) -> None:
+    """Refuse to delete what another run is working on.
+
+    Raises:
+        DQOError: If a stage's lock is held.
+    """
+    for path in workspace.glob("stages/*/.lock"):
+        try:
+            FileLock(path).acquire(timeout=0)
+        except Timeout:
+            raise DQOError(
+                f"--fresh: another run is working in {path.parent}; stop it first, or give this one another --out"
+            ) from None
 
 
 def _drop_stale_cache(recipe: Recipe, folder: RunFolder, uri: str) -> None:
@@ -179,11 +204,11 @@ def _main(path: Path) -> None:
     threading.Thread(target=_watch_parent, daemon=True).start()
     from kfp import local
 
-    from dqo.recipe import load
+    from dqo.recipe import parse
     from pipelines.pipeline import build
 
-    recipe = load(path / "recipe.yaml")
     arguments = json.loads((path / "arguments.json").read_text(encoding="utf-8"))
+    recipe = parse(arguments["recipe_json"])
     local.init(
         local.SubprocessRunner(use_venv=False),
         pipeline_root=str(path / "artifacts"),
@@ -192,14 +217,30 @@ def _main(path: Path) -> None:
         raise_on_error=True,
     )
     build(recipe)(**arguments)
-    newest = max((path / "artifacts").iterdir(), key=lambda folder: folder.stat().st_mtime)
-    shutil.copyfile(newest / "evaluate" / "report", path / "report.html.part")
+    shutil.copyfile(_newest(path, "evaluate/report"), path / "report.html.part")
     (path / "report.html.part").rename(path / "report.html")
-    evaluation = json.loads((newest / "evaluate" / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
-    registration = json.loads((newest / "register" / "registration").read_text(encoding="utf-8"))
-    means = {name: model["metrics"] for name, model in evaluation["models"].items()}
-    result = {"registration": registration, "metrics": means, "prompts": evaluation["prompts"], "n": evaluation["n"]}
+    evaluation = json.loads(_newest(path, "evaluate/evaluation/evaluation.json").read_text(encoding="utf-8"))
+    registration = json.loads(_newest(path, "register/registration").read_text(encoding="utf-8"))
+    result = {
+        "registration": registration,
+        "metrics": {name: model["metrics"] for name, model in evaluation["models"].items()},
+        "prompts": evaluation["prompts"],
+        "n": evaluation["n"],
+        "confidence": evaluation["confidence"],
+        "mlflow_uri": public(arguments["mlflow_uri"]),
+        "mlflow_experiment": registration["mlflow_experiment"],
+        "mlflow_run": registration["mlflow_run"],
+        "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 2),
+    }
     write_text(path / "result.json", json.dumps(result, indent=1) + "\n")
+
+
+def _newest(path: Path, artifact: str) -> Path:
+    """An artifact of the newest run that wrote it: Kubeflow's cache leaves the others in the folders of earlier runs.
+
+    The folders' names end in the time of their run.
+    """
+    return max((path / "artifacts").glob(f"*/{artifact}"), key=lambda file: file.relative_to(path / "artifacts").parts)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def build(recipe: Recipe) -> Any:
             recipe_json: The recipe as one JSON string.
             workspace: Mounted folder for checkpoints and resuming.
             mlflow_uri: MLflow tracking URI.
-            library: Version and source digest of the library, part of the cache key.
+            library: Version and source digest of the library, and the models' identities; part of the cache key.
             source: Digest of the data source, part of the cache key.
         """
         shared = {"recipe": recipe_json, "workspace": workspace, "mlflow_uri": mlflow_uri, "library": library}

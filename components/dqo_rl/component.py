@@ -23,7 +23,7 @@ def dqo_rl(
         variant: `dqo` or a baseline of the recipe.
         workspace: Folder that outlives the task; checkpoints are resumed from it.
         mlflow_uri: MLflow tracking URI.
-        library: Version and source digest of the library, part of the cache key only.
+        library: Version and source digest of the library, and the models' identities; part of the cache key only.
         data: Output of `prepare`.
         parent: Output of `dqo_sft`.
         checkpoint: Adapter or weights (safetensors), checkpoint.json, history.jsonl.

@@ -20,7 +20,7 @@ def dqo_sft(
         recipe: The recipe as one JSON string.
         workspace: Folder that outlives the task; checkpoints are resumed from it.
         mlflow_uri: MLflow tracking URI.
-        library: Version and source digest of the library, part of the cache key only.
+        library: Version and source digest of the library, and the models' identities; part of the cache key only.
         data: Output of `prepare`.
         checkpoint: Adapter or weights (safetensors), checkpoint.json, history.jsonl.
     """

@@ -26,7 +26,7 @@ def evaluate(
         recipe: The recipe as one JSON string.
         workspace: Folder that outlives the task.
         mlflow_uri: MLflow tracking URI.
-        library: Version and source digest of the library, part of the cache key only.
+        library: Version and source digest of the library, and the models' identities; part of the cache key only.
         data: Output of `prepare`.
         sft: Output of `dqo_sft`.
         variants: Outputs of `dqo_rl`.

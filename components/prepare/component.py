@@ -13,7 +13,7 @@ def prepare(recipe: str, workspace: str, mlflow_uri: str, library: str, source: 
         recipe: The recipe as one JSON string.
         workspace: Folder that outlives the task.
         mlflow_uri: MLflow tracking URI.
-        library: Version and source digest of the library, part of the cache key only.
+        library: Version and source digest of the library, and the models' identities; part of the cache key only.
         source: Digest of the data source, part of the cache key only.
         data: train.jsonl, eval.jsonl, quarantine.jsonl, card.json, card.md, pipeline.json (the MLflow run).
     """

@@ -25,7 +25,7 @@ def register(
         recipe: The recipe as one JSON string.
         workspace: Folder that outlives the task.
         mlflow_uri: MLflow tracking URI.
-        library: Version and source digest of the library, part of the cache key only.
+        library: Version and source digest of the library, and the models' identities; part of the cache key only.
         pipeline_run: Name of the Kubeflow run.
         data: Output of `prepare`.
         variants: Outputs of `dqo_rl`.

@@ -97,7 +97,7 @@ def unrelated_responses(volume: float, n: int) -> float:
     Returns:
         A number in [1, n].
     """
-    low, high = volume_bounds(n)
+    low, high = volume_of(1.0, n), volume_of(float(n), n)  # brentq needs the ends as this function rounds them
     return float(brentq(lambda groups: volume_of(groups, n) - min(max(volume, low), high), 1.0, float(n)))
 
 

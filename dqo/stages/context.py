@@ -16,10 +16,11 @@ from typing import Any
 from filelock import FileLock
 
 from dqo import __version__
+from dqo.bundled import identity
 from dqo.errors import DQOError
 from dqo.files import write_text
 from dqo.progress import Progress
-from dqo.recipe import Recipe
+from dqo.recipe import Encoder, Policy, Recipe
 
 _DONE = "done.json"
 PIPELINE_FILE = "pipeline.json"
@@ -35,7 +36,7 @@ class Context:
     Attributes:
         recipe: The validated recipe.
         workspace: Folder that outlives tasks and runs: checkpoints, finished stages, progress.
-        mlflow_uri: Tracking URI.
+        mlflow_uri: Tracking URI; empty takes MLFLOW_TRACKING_URI.
         parent_run_id: The pipeline's MLflow run; empty only in `prepare`, which opens it.
     """
 
@@ -43,6 +44,10 @@ class Context:
     workspace: Path
     mlflow_uri: str
     parent_run_id: str = ""
+
+    def __post_init__(self) -> None:
+        # A compiled pipeline whose recipe names no server leaves it to the place where its tasks run.
+        object.__setattr__(self, "mlflow_uri", self.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI", ""))
 
     @classmethod
     def after_prepare(cls, recipe: Recipe, workspace: Path, mlflow_uri: str, data: Path) -> "Context":
@@ -67,6 +72,11 @@ def stage_key(**inputs: Any) -> str:
     """Digest of everything a stage's output depends on, the library's version included; 12 hex digits."""
     text = json.dumps({"version": __version__, **inputs}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def with_identity(section: Policy | Encoder) -> dict[str, Any]:
+    """A model's section of the recipe with what its name stands for now, for `stage_key`."""
+    return section.model_dump() | {"identity": identity(section.model, section.revision)}
 
 
 class StageFolder:

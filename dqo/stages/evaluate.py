@@ -23,7 +23,8 @@ from dqo.policy import CheckpointCard, default_device, end_of_turn_ids, load_for
 from dqo.progress import Progress
 from dqo.recipe import Recipe
 from dqo.registry import decide
-from dqo.stages.context import Context, StageFolder, running, stage_key
+from dqo.shell import dqo_command
+from dqo.stages.context import Context, StageFolder, running, stage_key, with_identity
 from dqo.stages.labels import label
 from dqo.tasks import get_task
 
@@ -53,7 +54,7 @@ def run(context: Context, data: Path, checkpoints: list[Path], evaluation: Path)
         models=keys,
         evaluation=recipe.evaluation.model_dump(),
         gate=recipe.gate.model_dump(),
-        encoder=recipe.encoder.model_dump(),
+        encoder=with_identity(recipe.encoder),
         parent_run=context.parent_run_id,
     )
     with running(context, "evaluate", key) as (folder, progress):
@@ -74,7 +75,7 @@ def run(context: Context, data: Path, checkpoints: list[Path], evaluation: Path)
 def _sampling_key(recipe: Recipe, card: DataCard, checkpoint: Path | None) -> str:
     return stage_key(
         model=None if checkpoint is None else CheckpointCard.read(checkpoint).stage_key,
-        policy=recipe.policy.model_dump(),
+        policy=with_identity(recipe.policy),
         evaluation=recipe.evaluation.model_dump(include={"prompts", "n", "sampling", "batch_prompts"}),
         seed=recipe.seed,
         task=recipe.task,
@@ -275,14 +276,13 @@ def _log(
 
 def _link(uri: str, experiment: str, run_id: str | None) -> str:
     """Address in MLflow's page; a local sqlite store is served by `dqo ui` on MLflow's usual port."""
-    base = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
-    return f"{base}/#/experiments/{experiment}" + (f"/runs/{run_id}" if run_id else "")
+    return tracking.run_link(uri if uri.startswith("http") else "http://127.0.0.1:5000", experiment, run_id)
 
 
 def _ui_command(context: Context) -> str:
     """The command that serves the local store, which lies beside the workspace."""
     folder = context.workspace.resolve().parent
-    return "dqo ui" if folder == Path.cwd() / "runs" else f"dqo ui --out {folder}"
+    return dqo_command("ui") if folder == Path.cwd() / "runs" else dqo_command("ui", "--out", folder)
 
 
 def _number(value: float) -> float | None:

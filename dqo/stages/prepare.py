@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from dqo import tracking
+from dqo.bundled import identity
 from dqo.data import prepare, read_rows, source_fingerprint
 from dqo.files import write_text
 from dqo.policy import load_tokenizer, stop_ids
@@ -28,7 +29,8 @@ def run(context: Context, data: Path) -> None:
         task=recipe.task,
         data=recipe.data.model_dump(),
         source=source_fingerprint(recipe.data, task),
-        tokenizer=(recipe.policy.model, recipe.policy.revision),
+        tokenizer=identity(recipe.policy.model, recipe.policy.revision),
+        policy=recipe.policy.model,
         max_response_tokens=recipe.sft.max_response_tokens,
     )
     with running(context, "prepare", key) as (folder, progress):

@@ -41,7 +41,7 @@ def run(
         parent_run=context.parent_run_id,
     )
     with running(context, "register", key) as (folder, progress):
-        tracking.connect(recipe, context.mlflow_uri)
+        experiment = tracking.connect(recipe, context.mlflow_uri)
         with tracking.child_run(context.parent_run_id, "register", "register", key) as run_:
             if not folder.finished:
                 tags = {
@@ -69,6 +69,8 @@ def run(
                     "aliases": aliases,
                     "model_uri": f"models:/{recipe.registry.name}/{version}",
                     "gate": result["gate"],
+                    "mlflow_experiment": experiment,
+                    "mlflow_run": context.parent_run_id,
                 }
                 write_text(output / "registration.json", json.dumps(document, indent=2) + "\n")
                 folder.finish()

@@ -8,7 +8,7 @@ from dqo import tracking
 from dqo.data import DataCard, read_rows
 from dqo.errors import DQOError
 from dqo.policy import CheckpointCard
-from dqo.stages.context import Context, running, stage_key
+from dqo.stages.context import Context, running, stage_key, with_identity
 from dqo.stages.training import configuration, parameters, publish, train
 from dqo.tasks import get_task
 from dqo.tasks.base import Task
@@ -70,8 +70,8 @@ def run(context: Context, variant: str, data: Path, parent: Path, checkpoint: Pa
         ),
         # alpha alone tells the variants apart, so a changed alpha does not repeat the baseline.
         method=recipe.method.model_dump(exclude={"baselines", "alpha"}) | {"alpha": alpha},
-        encoder=recipe.encoder.model_dump(),
-        policy=recipe.policy.model_dump(),
+        encoder=with_identity(recipe.encoder),
+        policy=with_identity(recipe.policy),
         seed=recipe.seed,
         task=recipe.task,
         data=card.digest,

@@ -7,7 +7,7 @@ from dqo import tracking
 from dqo.data import DataCard, encode_demonstration, read_rows
 from dqo.policy import load_tokenizer, stop_ids
 from dqo.recipe import UNGROUPED
-from dqo.stages.context import Context, running, stage_key
+from dqo.stages.context import Context, running, stage_key, with_identity
 from dqo.stages.training import configuration, parameters, publish, train
 
 
@@ -28,9 +28,9 @@ def run(context: Context, data: Path, checkpoint: Path) -> None:
     key = stage_key(
         sft=recipe.sft.model_dump(exclude={"save_every"}),
         method=recipe.method.model_dump(exclude={"baselines", "alpha"}) if rolls_out else {},
-        encoder=recipe.encoder.model_dump() if rolls_out else None,
+        encoder=with_identity(recipe.encoder) if rolls_out else None,
         sampling=recipe.rl.sampling.model_dump() if rolls_out else None,
-        policy=recipe.policy.model_dump(),
+        policy=with_identity(recipe.policy),
         seed=recipe.seed,
         data=card.digest,
     )

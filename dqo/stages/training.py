@@ -108,12 +108,15 @@ class _Recorder(TrainerCallback):
         self._run = run
         self._progress = progress
         self._tables = tables
+        self._logged = run.last_step("train/loss")
         self.rows: list[dict[str, float]] = []
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def cut_back(self, step: int) -> None:
+        """Forget the rows of steps behind a checkpoint: they are trained again."""
         if self._history.is_file():
-            # Steps behind the checkpoint are trained again, so their rows are too.
-            self.rows = [row for row in read_jsonl(self._history) if row["step"] <= state.global_step]
+            self.rows = [row for row in read_jsonl(self._history) if row["step"] <= step]
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._progress("step", state.global_step, state.max_steps)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -123,10 +126,12 @@ class _Recorder(TrainerCallback):
         row = {name: logs[source] for name, source in _METRICS.items() if logs.get(source) is not None}
         self.rows.append({"step": state.global_step, **row})
         write_jsonl(self._history, self.rows)
-        self._run.metrics({f"train/{name}": value for name, value in row.items()}, state.global_step)
         self._progress("step", state.global_step, state.max_steps, metrics=row)
+        if state.global_step <= self._logged:
+            return  # trained again after an interruption, and in MLflow already
         if self._tables is not None:
             self._tables(state.global_step)
+        self._run.metrics({f"train/{name}": value for name, value in row.items()}, state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
@@ -205,7 +210,7 @@ def train(
         }
         columns |= {name: list(values) for name, values in logs["rewards"].items()}
         columns["advantage"] = list(logs["advantages"])
-        run.table({"step": [step] * len(columns["prompt"]), **columns}, "completions.json")
+        run.table({"step": [step] * len(columns["prompt"]), **columns}, "completions.json", append=True)
 
     recorder = _Recorder(folder.path, run, progress, tables if reward is not None else None)
     with warnings.catch_warnings():
@@ -220,10 +225,16 @@ def train(
             callbacks=[recorder],
         )
         checkpoint = newest_checkpoint(folder.path)
+        done = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
+        recorder.cut_back(done)
         if checkpoint is not None:
-            progress("step", 0, args.max_steps, f"continuing from {checkpoint.name}")
+            progress("step", done, args.max_steps, f"continuing from {checkpoint.name}")
         try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            if checkpoint is not None and done >= args.max_steps:
+                # Only the end of the stage was interrupted. The training loop would take one more step before it looks.
+                trainer._load_from_checkpoint(str(checkpoint))
+            else:
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except Exception as error:
             message = full_disk_message(error, folder.path)
             if message is None:
@@ -246,7 +257,8 @@ def train(
         model=model_name,
         weights="full" if recipe.policy.lora is None else "adapter",
         base_model=recipe.policy.model,
-        base_revision=locate(recipe.policy.model, recipe.policy.revision).revision,
+        base_revision=locate(recipe.policy.model, recipe.policy.revision).revision
+        or getattr(trained.config, "_commit_hash", None),
         stage_key=key,
         data_digest=card.digest,
         recipe_digest=recipe.digest,
@@ -264,12 +276,14 @@ def publish(folder: StageFolder, run: Run, destination: Path) -> None:
     """Hand the finished checkpoint to the pipeline, naming the MLflow run of this pipeline.
 
     A checkpoint that another pipeline has trained (same key) is shown in this pipeline's run as well: its history is
-    logged again where the run is new.
+    logged there too.
     """
-    if run.new and CheckpointCard.read(folder.output).mlflow_run_id != run.id:
+    if CheckpointCard.read(folder.output).mlflow_run_id != run.id:
+        logged = run.last_step("train/loss")
         for row in read_jsonl(folder.output / "history.jsonl"):
             step = int(row.pop("step"))
-            run.metrics({f"train/{name}": value for name, value in row.items()}, step)
+            if step > logged:
+                run.metrics({f"train/{name}": value for name, value in row.items()}, step)
         run.tags({"dqo.trained_in_run": CheckpointCard.read(folder.output).mlflow_run_id})
     folder.publish(destination)
     replace(CheckpointCard.read(destination), mlflow_run_id=run.id).write(destination)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 
@@ -140,6 +141,24 @@ def test_paper_advantage_takes_no_quality_scale(scale: str):
     line = line_of(refusal(f"name: a\nmethod: {{advantage: paper, quality_scale: {scale}}}"), "method")
     assert "'paper'" in line and repr(scale) in line and "expected 'none'" in line
     assert parse("name: a\nmethod: {advantage: paper}").method.quality_scale == "none"
+
+
+def test_mlflow_address_with_a_password_is_refused():
+    line = line_of(refusal("name: a\ntracking: {uri: 'https://ann:pw@mlflow'}"), "tracking.uri")
+    assert "MLFLOW_TRACKING_PASSWORD" in line
+    assert parse("name: a\ntracking: {uri: 'https://mlflow:8443'}").tracking.uri == "https://mlflow:8443"
+
+
+def test_a_baseline_named_twice_is_refused():
+    assert "method.baselines: got" in refusal("name: a\nmethod: {baselines: [reward_only, reward_only]}")
+
+
+@pytest.mark.parametrize("revision", ["5e93851", "1e5", "12_3e4", "main", "\U0001f600"])
+def test_texts_survive_the_round_trip_through_yaml_and_json(revision: str):
+    """A commit may look like a number, and an experiment may be called anything."""
+    recipe = Recipe(name="a", policy={"model": "org/name", "revision": revision}, tracking={"experiment": revision})
+    assert parse(recipe.to_yaml()) == recipe
+    assert parse(recipe.to_json()) == recipe
 
 
 def test_vllm_server_needs_an_address():
@@ -311,7 +330,6 @@ def test_schema_describes_every_field_and_refuses_unknown_keys_in_every_section(
 
 
 def test_schema_agrees_with_the_parser():
-    jsonschema = pytest.importorskip("jsonschema")
     schema = json.loads(json_schema())
     validator = jsonschema.validators.validator_for(schema)(schema)
     validator.check_schema(schema)

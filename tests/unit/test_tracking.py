@@ -59,11 +59,32 @@ def test_an_address_that_leads_nowhere_is_refused(uri: str):
         tracking.check_reachable(uri)
 
 
-@pytest.mark.parametrize("uri", ["ftp://host", "mlruns", "file:///tmp/mlruns", ""])
+@pytest.mark.parametrize("uri", ["ftp://host", "mlruns", "file:///tmp/mlruns"])
 def test_a_kind_of_address_that_mlflow_does_not_take_here_is_refused(uri: str):
     with pytest.raises(DQOError, match="expected http") as caught:
         tracking.check_reachable(uri)
     assert str(caught.value).startswith(f"tracking.uri {uri!r}: ")
+
+
+def test_no_address_at_all_says_where_to_give_one():
+    with pytest.raises(DQOError, match=r"tracking.uri: not set; .*MLFLOW_TRACKING_URI"):
+        tracking.check_reachable("")
+
+
+@pytest.mark.parametrize("uri", ["mysql+pymysql://127.0.0.1:9/x", "postgresql://127.0.0.1:9/x"])
+def test_a_database_that_does_not_answer_is_refused(uri: str):
+    with pytest.raises(DQOError, match="does not answer"):
+        tracking.check_reachable(uri)
+
+
+def test_an_address_shown_to_others_holds_no_password():
+    uri = "https://ann:secret@mlflow.example:8443/base"
+    assert tracking.public(uri) == "https://mlflow.example:8443/base"
+    assert tracking.run_link(uri, "3", "abc") == "https://mlflow.example:8443/base/#/experiments/3/runs/abc"
+    assert tracking.run_link("sqlite:///x.db", "3", "abc") == ""
+    with pytest.raises(DQOError) as caught:
+        tracking.check_reachable("http://ann:secret@127.0.0.1:9")
+    assert "secret" not in str(caught.value) and "'http://127.0.0.1:9'" in str(caught.value)
 
 
 def test_a_file_that_is_no_database_is_refused_and_left_as_it_is(tmp_path: Path):
@@ -214,12 +235,22 @@ def test_a_data_set_is_an_input_with_its_digest_and_context(parent: str):
     assert [(tag.key, tag.value) for tag in entry.tags] == [("mlflow.data.context", "training")]
 
 
-def test_files_and_tables_reach_the_run(parent: str, tmp_path: Path):
+def test_folders_and_tables_reach_the_run(parent: str, tmp_path: Path):
     (tmp_path / "card.md").write_text("# Card")
     with tracking.child_run(parent, "prepare", "prepare", "key") as run:
-        run.file(tmp_path / "card.md")
-        run.table({"prompt": ["a"]}, "responses.json")
-        run.table({"prompt": ["b"]}, "responses.json")
+        run.folder(tmp_path, "data")
+        for value in ("a", "b"):
+            run.table({"prompt": [value]}, "completions.json", append=True)
+            run.table({"prompt": [value]}, "metrics.json")  # a repeated stage logs the same table again
     base = run_of(run.id).info.artifact_uri
-    assert mlflow.artifacts.load_text(f"{base}/card.md") == "# Card"
-    assert mlflow.artifacts.load_dict(f"{base}/responses.json")["data"] == [["a"], ["b"]]
+    assert mlflow.artifacts.load_text(f"{base}/data/card.md") == "# Card"
+    assert mlflow.artifacts.load_dict(f"{base}/completions.json")["data"] == [["a"], ["b"]]
+    assert mlflow.artifacts.load_dict(f"{base}/metrics.json")["data"] == [["a"]]
+
+
+def test_the_last_step_of_a_metric(parent: str):
+    with tracking.child_run(parent, "sft", "sft", "key") as run:
+        assert run.last_step("train/loss") == 0
+        run.metrics({"train/loss": 1.0}, step=4)
+        run.metrics({"train/loss": 0.5}, step=7)
+        assert run.last_step("train/loss") == 7
