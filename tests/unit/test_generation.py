@@ -2,10 +2,13 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from scipy.stats import chisquare
-from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, MistralConfig
+from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig, MambaConfig, MistralConfig
 
-from dqo.generation import _draw, _warpers, sample, sample_texts, shares_prompts
+from dqo.errors import DQOError
+from dqo.generation import _draw, _may_merge, _warpers, sample, sample_texts, shares_prompts
 from dqo.recipe import Sampling
 
 
@@ -69,6 +72,64 @@ def test_greedy_limit_equals_transformers(model):
         assert got == out[0, len(prompt) :].tolist()
 
 
+@pytest.fixture
+def adapted(tiny_policy):
+    """The tiny model with an adapter that changes what it says."""
+    torch.manual_seed(3)
+    base = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32)
+    wrapped = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return wrapped
+
+
+def test_an_adapter_is_sampled_and_left_as_it_was(adapted, model):
+    prompt, settings = [5, 6, 7], Sampling(max_new_tokens=10, top_k=1)
+    before = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
+    got = sample(adapted, [prompt], settings, [], 0)[0]
+    out = adapted.generate(
+        input_ids=torch.tensor([prompt]), do_sample=False, max_new_tokens=10, eos_token_id=[], pad_token_id=0
+    )
+    assert got == out[0, len(prompt) :].tolist()
+    assert got != sample(model, [prompt], settings, [], 0)[0], "the adapter must matter"
+    after = adapted.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert not any(layer.merged for layer in adapted.modules() if isinstance(layer, LoraLayer))
+
+
+def test_an_interrupted_sample_leaves_the_adapter_unmerged(adapted):
+    before = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = adapted.get_base_model().base_model.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        sample(adapted, [[5, 6, 7]], Sampling(max_new_tokens=4), [], 0)
+    hook.remove()
+    assert all(torch.equal(adapted.state_dict()[name], tensor) for name, tensor in before.items())
+    assert not any(layer.merged for layer in adapted.modules() if isinstance(layer, LoraLayer))
+
+
+def test_frozen_weights_in_half_precision_are_not_merged(adapted):
+    """Rounding to bfloat16 would lose the adapter, so its own products must run."""
+    assert _may_merge(adapted)
+    for layer in adapted.modules():
+        if isinstance(layer, LoraLayer):
+            layer.get_base_layer().bfloat16()
+    assert not _may_merge(adapted)
+
+
+def test_a_diverged_policy_is_an_error(tiny_policy):
+    broken = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32).eval()
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(math.nan)
+    with pytest.raises(DQOError, match="logits are not finite"):
+        sample(broken, [[5, 6]], Sampling(max_new_tokens=2), [], 0)
+
+
 def test_temperature_and_nucleus_cut():
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
     warped = _warpers(Sampling(temperature=0.5, top_p=0.9))(torch.zeros(1, 1, dtype=torch.long), logits)
@@ -111,3 +172,4 @@ def test_which_models_share_prompts():
     assert shares_prompts(LlamaConfig(**small))
     assert not shares_prompts(MistralConfig(**small, num_key_value_heads=2, sliding_window=4))
     assert not shares_prompts(MambaConfig(vocab_size=10, hidden_size=8, num_hidden_layers=2))
+    assert not shares_prompts(GraniteConfig(**small, logits_scaling=2.0))  # the head's output is scaled

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scripted import build, reward, weights
+from scripted import ScriptedTrainer, build, reward, weights
 
 from dqo.data import encode_demonstration
 from dqo.errors import DQOError
@@ -56,13 +56,22 @@ def test_advantages_equal_brute_force(tiny_policy, tiny_encoder, tmp_path, form)
     np.testing.assert_allclose(list(trainer._logs["advantages"]), expected, atol=2e-5)
 
 
-def test_alpha_zero_is_the_stock_trainer(tiny_policy, tiny_encoder, tmp_path):
-    """With alpha = 0 and `centred`, TRL's own advantages (scale_rewards="none") come out."""
-    trainer = build(tiny_policy, tiny_encoder, tmp_path, steps=1, alpha=0.0, advantage="centred")
+@pytest.mark.parametrize("scale", ["none", "group", "batch"])
+def test_alpha_zero_is_the_stock_trainer(tiny_policy, tiny_encoder, tmp_path, scale):
+    """With alpha = 0 the advantages are those that TRL's own code has just computed for the same rewards."""
+    stock = []
+
+    class Both(ScriptedTrainer):
+        def _log_group_metrics(self, *args):
+            stock.extend(list(self._logs["advantages"])[-12:])  # TRL's, which ours replace a moment later
+            super()._log_group_metrics(*args)
+
+    trainer = build(
+        tiny_policy, tiny_encoder, tmp_path, steps=1, alpha=0.0, advantage="centred", scale_rewards=scale, cls=Both
+    )
     trainer.train()
-    rewards = torch.tensor([math.nan if v is None else v for v in reward(trainer._logs["completion"])]).view(-1, 4)
-    stock = torch.nan_to_num(rewards - rewards.nanmean(1, keepdim=True)).flatten()
-    np.testing.assert_allclose(trainer.used[-1], stock.numpy(), atol=1e-6)
+    assert len(stock) == 12 and max(stock) > 0.01
+    np.testing.assert_allclose(trainer.used[-1], stock, atol=1e-6)
 
 
 def test_two_processes_equal_one(tiny_policy, tiny_encoder, tmp_path):
@@ -108,15 +117,17 @@ def test_accumulated_micro_batches_equal_one_batch(tiny_policy, tiny_encoder, tm
         torch.testing.assert_close(value, trained[1][name], rtol=1e-3, atol=1e-4)
 
 
-def test_resumed_training_equals_uninterrupted(tiny_policy, tiny_encoder, tmp_path):
+# Ten prompts, three a step: an epoch has three steps.
+@pytest.mark.parametrize("cut", [1, 5], ids=["first-epoch", "second-epoch"])
+def test_resumed_training_equals_uninterrupted(tiny_policy, tiny_encoder, tmp_path, cut):
     """Real sampling: the random state is part of a checkpoint, so the resumed run draws the same rollouts."""
-    settings = {"cls": DQOTrainer, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
-    whole = build(tiny_policy, tiny_encoder, tmp_path / "whole", steps=4, **settings)
+    settings = {"cls": DQOTrainer, "save_strategy": "steps", "save_steps": cut, "optim": "adamw_torch"}
+    whole = build(tiny_policy, tiny_encoder, tmp_path / "whole", steps=cut + 2, **settings)
     whole.train()
-    # The schedule is constant, so a run cut at two steps is the first half of the one of four.
-    build(tiny_policy, tiny_encoder, tmp_path / "half", steps=2, **settings).train()
-    resumed = build(tiny_policy, tiny_encoder, tmp_path / "half", steps=4, **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "half/checkpoint-2"))
+    # The schedule is constant, so a run cut at some step is the first part of the whole one.
+    build(tiny_policy, tiny_encoder, tmp_path / "part", steps=cut, **settings).train()
+    resumed = build(tiny_policy, tiny_encoder, tmp_path / "part", steps=cut + 2, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"part/checkpoint-{cut}"))
     for name, value in weights(whole).items():
         torch.testing.assert_close(weights(resumed)[name], value, rtol=0, atol=0)
 
@@ -168,8 +179,6 @@ def test_dqo_sft_adds_alpha_times_the_volume_gradient(tiny_policy, tiny_encoder,
     rows = demonstration_rows(tiny_policy, 3)
     captured = {}
 
-    from scripted import ScriptedTrainer
-
     class Capture(ScriptedTrainer):
         def _compute_loss(self, model, inputs):
             captured.update(inputs)
@@ -212,15 +221,81 @@ def test_metrics_of_a_step(tiny_policy, tiny_encoder, tmp_path):
     assert log["unscorable_rate"] == pytest.approx(1 - len(scores) / 12, rel=1e-3)
     assert log["duplicate_rate"] == pytest.approx(np.mean([1 - len(set(g)) / 4 for g in groups]), abs=1e-3)
     assert log["truncation_rate"] == 0
-    assert {"bonus", "log_volume", "entropy", "frac_reward_zero_std", "mean_tokens", "step_time"} <= log.keys()
+    assert {"entropy", "frac_reward_zero_std", "step_time"} <= log.keys()
+    tokens = [len(trainer._tokenizer(text, add_special_tokens=False)["input_ids"]) + 1 for text in texts]
+    assert log["mean_tokens"] == pytest.approx(np.mean(tokens), rel=1e-3)
+    scored = [value is not None for value in reward(trainer._logs["completion"])]
+    vectors = trainer.encoder(texts).vectors.double().numpy()
+    volumes, bonuses = [], []
+    for start in range(0, 12, 4):
+        members = [i for i in range(start, start + 4) if scored[i]]
+        gram = vectors[members] @ vectors[members].T + np.eye(len(members))
+        volumes.append(np.linalg.slogdet(gram)[1])
+        bonuses += (-np.log(np.diag(np.linalg.inv(gram)))).tolist()
+    assert log["log_volume"] == pytest.approx(np.mean(volumes), rel=1e-3)
+    assert log["bonus"] == pytest.approx(np.mean(bonuses), rel=1e-3)
 
 
-def test_a_step_that_nothing_scores_stops(tiny_policy, tiny_encoder, tmp_path):
+def test_truncated_responses_are_counted(tiny_policy, tiny_encoder, tmp_path):
+    class Endless(ScriptedTrainer):
+        def _generate_single_turn(self, *args, **kwargs):
+            responses, extra = super()._generate_single_turn(*args, **kwargs)
+            return [row[:-1] if index < 3 else row for index, row in enumerate(responses)], extra
+
+    trainer = build(tiny_policy, tiny_encoder, tmp_path, steps=1, cls=Endless)
+    trainer.train()
+    assert float(trainer.state.log_history[0]["truncation_rate"]) == pytest.approx(3 / 12, rel=1e-3)
+
+
+def test_kl_is_zero_at_the_start_and_that_of_the_adapter_later(tiny_policy, tiny_encoder, tmp_path):
+    """The reference is the model that training started from."""
+    captured = []
+
+    class Capture(ScriptedTrainer):
+        def _compute_loss(self, model, inputs):
+            captured.append({name: value for name, value in inputs.items() if torch.is_tensor(value)})
+            return super()._compute_loss(model, inputs)
+
+    trainer = build(tiny_policy, tiny_encoder, tmp_path, steps=3, beta=0.1, learning_rate=5.0, cls=Capture)
+    start = weights(trainer)
+    trainer.train()
+    logged = [float(row["kl"]) for row in trainer.state.log_history if "kl" in row]
+    assert logged[0] == pytest.approx(0.0, abs=1e-6)
+    assert logged[2] > 1e-5
+    inputs = captured[2]
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(start[name])
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        width = inputs["completion_ids"].shape[1]
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, -width - 1 : -1]
+        expected = logits.log_softmax(-1).gather(-1, inputs["completion_ids"][..., None])[..., 0]
+    counted = inputs["completion_mask"].bool()
+    torch.testing.assert_close(inputs["ref_per_token_logps"][counted], expected[counted], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("nothing", [None, math.nan], ids=["none", "nan"])
+def test_a_step_that_nothing_scores_stops(tiny_policy, tiny_encoder, tmp_path, nothing):
     def blind(completions, **_):
-        return [None] * len(completions)
+        return [nothing] * len(completions)
 
     with pytest.raises(DQOError, match=r"reward blind: no response of the step could be scored \(all 12"):
         build(tiny_policy, tiny_encoder, tmp_path, steps=1, reward_funcs=blind).train()
+
+
+def test_a_nan_among_rewards_leaves_its_group_and_is_counted(tiny_policy, tiny_encoder, tmp_path):
+    def holed(completions, **_):
+        return [math.nan if index == 5 else index / 12 for index in range(len(completions))]
+
+    trainer = build(tiny_policy, tiny_encoder, tmp_path, steps=1, alpha=1.0, reward_funcs=holed)
+    trainer.train()
+    assert trainer.used[-1][5] == 0.0
+    assert all(math.isfinite(value) for value in trainer.used[-1])
+    assert float(trainer.state.log_history[0]["unscorable_rate"]) == pytest.approx(1 / 12, rel=1e-3)
 
 
 def test_a_reward_of_the_wrong_count_stops(tiny_policy, tiny_encoder, tmp_path):
@@ -231,10 +306,30 @@ def test_a_reward_of_the_wrong_count_stops(tiny_policy, tiny_encoder, tmp_path):
         build(tiny_policy, tiny_encoder, tmp_path, steps=1, reward_funcs=short).train()
 
 
+@pytest.mark.parametrize("shares", [True, False], ids=["shared", "whole"])
+def test_the_likelihood_of_a_demonstration_has_no_temperature(tiny_policy, tiny_encoder, tmp_path, shares):
+    """Rollouts at temperature 0.5 leave log pi(y*|x) as it is; TRL's own head would divide by it, so it is refused."""
+
+    def likelihood(temperature):
+        trainer = build(
+            tiny_policy, tiny_encoder, tmp_path / f"{temperature}", steps=1, reward_funcs=None, alpha=1.0,
+            rows=demonstration_rows(tiny_policy, 3), quality="demonstration", temperature=temperature,
+            share_prompts=shares, shuffle_dataset=False,
+        )  # fmt: skip
+        trainer.train()
+        return float(trainer.state.log_history[0]["demonstration_nll"])
+
+    if shares:
+        assert likelihood(0.5) == pytest.approx(likelihood(1.0), rel=1e-4)
+    else:
+        with pytest.raises(ValueError, match=r"needs temperature 1.0 for this model, got 0.5"):
+            likelihood(0.5)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_generations": 1, "per_device_train_batch_size": 4}, "at least"),
+        ({"num_generations": 1}, "must be 2 or more to span a volume, got 1"),
         ({"alpha": -1.0}, "alpha must not be negative, got -1"),
         ({"advantage": "paper", "scale_rewards": "group"}, "must be 'none', got 'group'"),
     ],
