@@ -39,6 +39,7 @@ def group_advantages(
     alpha: float,
     form: Literal["paper", "centred", "decoupled"],
     quality_scale: Literal["none", "group", "batch"] = "none",
+    middle: float | None = None,
 ) -> Tensor:
     r"""Advantage of every response from its reward and its leave-one-out bonus.
 
@@ -50,11 +51,12 @@ def group_advantages(
         alpha: Diversity weight, reward per nat.
         form: `paper` r_i + alpha b_i; `centred` (r_i - mean r) + alpha (b_i - mean b), means over the group;
             `decoupled` (r_i - mean r) + alpha (b_i - c), where c is the mean bonus over all members of the OTHER
-            groups, or, when there is none, the middle of the bonus's range `[log(1 + 1/k), log 2]`. The module's table
-            says what each estimates.
+            groups, or, when there is none, `middle`. The module's table says what each estimates.
         quality_scale: Divide the quality part `r_i - mean r` by the standard deviation of the group's rewards (`group`)
             or of all rewards (`batch`), with Bessel's correction and 1e-4 added, as TRL does. One scored member has
             standard deviation 0.
+        middle: A constant near the middle of the bonus's range; `None` takes that of the log-volume's,
+            `[log(1 + 1/k), log 2]`.
 
     Returns:
         Shape `(groups, k)`, in the units of the reward (`quality_scale="none"`). No gradient is stopped.
@@ -93,7 +95,8 @@ def group_advantages(
         baseline = totals / members.clamp(min=1)
     else:
         others = members.sum() - members
-        middle = (math.log1p(1 / rewards.shape[1]) + math.log(2)) / 2
+        if middle is None:
+            middle = (math.log1p(1 / rewards.shape[1]) + math.log(2)) / 2
         baseline = ((totals.sum() - totals) / others.clamp(min=1)).where(others > 0, middle)
     return (quality + alpha * (bonus - baseline)).where(scored, 0.0)
 

@@ -109,6 +109,11 @@ class Method(_Section):
     quality_scale: Literal["none", "group", "batch"] = "none"
     """Divide the quality advantage by the standard deviation of the group or of the batch. The bonus is never
     divided: alpha would cancel where qualities tie."""
+    score: Literal["log_volume", "elliptical", "cosine_distance", "vendi", "distinct"] = "log_volume"
+    """What alpha weighs (docs/method.md): the method's `log_volume`, or one that it is compared with. The bonus is then
+    in that score's unit, and so is alpha."""
+    distinct_threshold: Annotated[float, Field(gt=-1.0, le=1.0)] = 0.9
+    """Cosine similarity from which two responses mean the same; of the score `distinct` only."""
     kernel_scale: Annotated[float, Field(gt=0.0, le=30.0)] = 1.0
     """Factor on the embeddings: larger tells near-duplicates apart more sharply; 1 is the paper's. Above 30 float32
     no longer resolves responses that coincide."""

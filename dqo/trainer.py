@@ -24,7 +24,8 @@ from trl.trainer.utils import RepeatSampler
 from dqo import generation
 from dqo.advantage import group_advantages
 from dqo.data import Demonstration
-from dqo.determinant import leave_one_out_bonus, log_volume
+from dqo.determinant import log_volume
+from dqo.diversity import group_score
 from dqo.embedding import ResponseEncoder
 from dqo.errors import DQOError
 from dqo.recipe import Sampling
@@ -39,7 +40,13 @@ class DQOConfig(GRPOConfig):
     advantage: Literal["paper", "centred", "decoupled"] = field(
         default="decoupled", metadata={"help": "How the bonus enters the advantage; see dqo.advantage."}
     )
+    score: Literal["log_volume", "elliptical", "cosine_distance", "vendi", "distinct"] = field(
+        default="log_volume", metadata={"help": "What alpha weighs; see dqo.diversity. DQO is log_volume."}
+    )
     kernel_scale: float = field(default=1.0, metadata={"help": "Factor on the embeddings."})
+    distinct_threshold: float = field(
+        default=0.9, metadata={"help": "Cosine similarity of equal meaning, of distinct."}
+    )
     quality: Literal["reward", "demonstration"] = field(
         default="reward", metadata={"help": "DQO-RL (reward functions) or DQO-SFT (likelihood of a demonstration)."}
     )
@@ -206,14 +213,15 @@ class DQOTrainer(GRPOTrainer):
         unscorable = torch.isnan(self._gathered_rewards).all(dim=1)
         rewards = (self._gathered_rewards * weights).nansum(dim=1).masked_fill(unscorable, torch.nan).view(-1, k)
         mask = ~unscorable.view(-1, k)
+        score = group_score(self.args.score, k, self.args.kernel_scale, self.args.distinct_threshold)
         if self._embeds:
             embeddings = self._gathered_embeddings.view(-1, k, self._gathered_embeddings.shape[-1])
-            bonus = leave_one_out_bonus(embeddings, mask, self.args.kernel_scale)
+            bonus = score.bonus(embeddings, mask)
             volume = log_volume(embeddings, mask, self.args.kernel_scale)
         else:
             bonus, volume = torch.zeros_like(rewards), None
         scale: Any = self.args.scale_rewards
-        advantages = group_advantages(rewards, bonus, self.args.alpha, self.args.advantage, scale)
+        advantages = group_advantages(rewards, bonus, self.args.alpha, self.args.advantage, scale, score.middle)
         flat = advantages.flatten()
         start = self.accelerator.process_index * len(inputs)
         output["advantages"] = flat[start : start + len(inputs)]

@@ -94,7 +94,9 @@ def configuration(recipe: Recipe, section: Sft | Rl, folder: Path, **settings: A
         epsilon=0.2,
         mask_truncated_completions=False,
         num_generations=k,
+        score=recipe.method.score,
         kernel_scale=recipe.method.kernel_scale,
+        distinct_threshold=recipe.method.distinct_threshold,
         advantage=recipe.method.advantage,
         **settings,
     )
@@ -292,8 +294,8 @@ def publish(folder: StageFolder, run: Run, destination: Path) -> None:
 def parameters(recipe: Recipe, args: DQOConfig) -> dict[str, Any]:
     """What MLflow's compare page shows of a training run."""
     names = (
-        "alpha", "advantage", "kernel_scale", "num_generations", "max_steps", "learning_rate", "temperature", "top_p",
-        "max_completion_length", "beta", "loss_type", "scale_rewards", "seed", "bf16", "per_device_train_batch_size",
+        "alpha", "advantage", "score", "kernel_scale", "num_generations", "max_steps", "learning_rate", "temperature",
+        "top_p", "max_completion_length", "beta", "loss_type", "scale_rewards", "seed", "bf16", "per_device_train_batch_size",
         "gradient_accumulation_steps",
     )  # fmt: skip
     return {

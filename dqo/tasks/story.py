@@ -4,7 +4,7 @@
 
 Coverage is the share of the concepts that occur in the response, each counted once. Form is the product of the parts
 of `Form`, each in [0, 1] and 1 for an ordinary English sentence, so that every fault costs a factor and every repair
-pays at once. Both are rules: no model, no download, about 0.1 ms a response.
+pays at once. Both are rules: no model, no download.
 
 How a policy may try to hack it, and what happens:
 

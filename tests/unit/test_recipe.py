@@ -33,7 +33,9 @@ def test_unknown_key_names_file_field_value_and_the_keys_beside_it():
     line = line_of(message, "method.alhpa")
     assert "unknown key" in line and "3.5" in line
     allowed = line.split("expected one of: ")[1].split(", ")
-    assert allowed == ["alpha", "k", "advantage", "quality_scale", "kernel_scale", "baselines"]
+    assert allowed == [
+        "alpha", "k", "advantage", "quality_scale", "score", "distinct_threshold", "kernel_scale", "baselines"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -268,6 +270,8 @@ def test_defaults_are_filled_in_and_survive_the_round_trip():
         "k": 8,
         "advantage": "decoupled",
         "quality_scale": "none",
+        "score": "log_volume",
+        "distinct_threshold": 0.9,
         "kernel_scale": 1.0,
         "baselines": ["reward_only"],
     }

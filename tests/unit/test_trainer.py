@@ -56,6 +56,25 @@ def test_advantages_equal_brute_force(tiny_policy, tiny_encoder, tmp_path, form)
     np.testing.assert_allclose(list(trainer._logs["advantages"]), expected, atol=2e-5)
 
 
+def test_another_score_takes_the_place_of_the_volume(tiny_policy, tiny_encoder, tmp_path):
+    """`cosine_distance` under `centred`: the mean distance to the group's other scored members, pair by pair."""
+    trainer = build(
+        tiny_policy, tiny_encoder, tmp_path, steps=1, alpha=0.7, advantage="centred", score="cosine_distance"
+    )
+    trainer.train()
+    texts = [completion[-1]["content"] for completion in trainer._logs["completion"]]
+    rewards, vectors = reward(trainer._logs["completion"]), trainer.encoder(texts).vectors.double().numpy()
+    for start in range(0, 12, 4):
+        members = [i for i in range(start, start + 4) if rewards[i] is not None]
+        bonus = {i: np.mean([1 - vectors[i] @ vectors[j] for j in members if j != i]) for i in members}
+        for i in range(start, start + 4):
+            expected = 0.0
+            if i in members:
+                expected = rewards[i] - np.mean([rewards[j] for j in members])
+                expected += 0.7 * (bonus[i] - np.mean(list(bonus.values())))
+            assert trainer.used[-1][i] == pytest.approx(expected, abs=2e-5)
+
+
 @pytest.mark.parametrize("scale", ["none", "group", "batch"])
 def test_alpha_zero_is_the_stock_trainer(tiny_policy, tiny_encoder, tmp_path, scale):
     """With alpha = 0 the advantages are those that TRL's own code has just computed for the same rewards."""

@@ -1,0 +1,144 @@
+"""Group scores against other formulas: determinants, a second library, pairs one by one, a search for components."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from vendi_score import vendi
+
+from dqo.determinant import leave_one_out_bonus
+from dqo.diversity import cosine_bonus, distinct_bonus, elliptical_bonus, group_score, vendi_bonus
+
+NAMES = ("log_volume", "elliptical", "cosine_distance", "vendi", "distinct")
+K = 6
+
+
+def groups(count: int = 5, k: int = K, d: int = 4, seed: int = 0) -> Tensor:
+    """Unit vectors, crowded enough that some are near each other, with one exact repetition in each group."""
+    draw = torch.Generator().manual_seed(seed)
+    raw = torch.randn(count, k, d, generator=draw, dtype=torch.float64) + torch.tensor([1.5, 0.0, 0.0, 0.0])[:d]
+    raw[:, 1] = raw[:, 0]
+    return torch.nn.functional.normalize(raw, dim=-1)
+
+
+def bonus_of(name: str, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
+    return group_score(name, embeddings.shape[-2]).bonus(embeddings, mask)
+
+
+def test_elliptical_is_the_quadratic_form_with_the_inverse():
+    embeddings = groups()
+    for group, got in zip(embeddings.numpy(), elliptical_bonus(embeddings), strict=True):
+        for i in range(K):
+            others = np.delete(group, i, axis=0)
+            expected = group[i] @ np.linalg.inv(np.eye(4) + others.T @ others) @ group[i]
+            assert got[i].item() == pytest.approx(expected, abs=1e-10)
+
+
+def test_cosine_distance_is_the_mean_over_the_others():
+    embeddings = groups()
+    for group, got in zip(embeddings.numpy(), cosine_bonus(embeddings), strict=True):
+        for i in range(K):
+            expected = np.mean([1 - group[i] @ group[j] for j in range(K) if j != i])
+            assert got[i].item() == pytest.approx(expected, abs=1e-10)
+
+
+def test_vendi_is_the_difference_of_the_librarys_scores():
+    embeddings = groups()
+    for group, got in zip(embeddings.numpy(), vendi_bonus(embeddings), strict=True):
+        whole = vendi.score_K(group @ group.T)
+        for i in range(K):
+            others = np.delete(group, i, axis=0)
+            assert got[i].item() == pytest.approx(whole - vendi.score_K(others @ others.T), abs=1e-6)
+
+
+def test_distinct_counts_members_of_other_components():
+    """A chain links its ends although they are far apart, as a search through the graph says."""
+    angles = torch.tensor([0.0, 20.0, 40.0, 60.0, 120.0, 240.0], dtype=torch.float64) * math.pi / 180
+    ring = torch.stack([angles.cos(), angles.sin()], dim=-1)[None]
+    assert distinct_bonus(ring, threshold=math.cos(math.radians(21)))[0].tolist() == pytest.approx(
+        [2 / 5, 2 / 5, 2 / 5, 2 / 5, 1.0, 1.0]
+    )
+    embeddings = groups(count=20)
+    for group, got in zip(embeddings.numpy(), distinct_bonus(embeddings, threshold=0.9), strict=True):
+        near = group @ group.T >= 0.9 - 1e-9
+        for i in range(K):
+            reached, frontier = {i}, [i]
+            while frontier:
+                node = frontier.pop()
+                new = [j for j in range(K) if near[node, j] and j not in reached]
+                reached.update(new)
+                frontier += new
+            assert got[i].item() == pytest.approx((K - len(reached)) / (K - 1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_masked_members_leave_the_group(name: str):
+    embeddings = groups()
+    mask = torch.ones(embeddings.shape[:-1], dtype=torch.bool)
+    mask[:, [2, 4]] = False
+    broken = embeddings.clone()
+    broken[:, 2] = math.nan
+    got = bonus_of(name, broken, mask)
+    kept = [0, 1, 3, 5]
+    torch.testing.assert_close(got[:, kept], group_score(name, 4).bonus(embeddings[:, kept], None))
+    assert not got[:, [2, 4]].any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_order_of_members_and_of_groups_does_not_matter(name: str):
+    embeddings = groups()
+    order = torch.randperm(K, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(bonus_of(name, embeddings)[:, order], bonus_of(name, embeddings[:, order]))
+    torch.testing.assert_close(bonus_of(name, embeddings)[3], bonus_of(name, embeddings[3]))
+
+
+@pytest.mark.parametrize(
+    ("name", "same", "unlike"),
+    [
+        ("log_volume", math.log(1 + 1 / K), math.log(2)),
+        ("elliptical", 1 / K, 1.0),
+        ("cosine_distance", 0.0, 1.0),
+        ("vendi", 0.0, 1.0),
+        ("distinct", 0.0, 1.0),
+    ],
+)
+def test_ends_of_the_range(name: str, same: float, unlike: float):
+    """Responses that coincide, and responses that have nothing in common."""
+    equal = torch.eye(K, dtype=torch.float64)[0].expand(1, K, K)
+    torch.testing.assert_close(bonus_of(name, equal), torch.full((1, K), same, dtype=torch.float64))
+    torch.testing.assert_close(bonus_of(name, torch.eye(K, dtype=torch.float64)[None]),
+                               torch.full((1, K), unlike, dtype=torch.float64))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_repetition_earns_less_than_the_odd_one_out(name: str):
+    base = torch.nn.functional.normalize(torch.tensor([[[1.0, 0.1, 0.0], [1.0, 0.1, 0.0], [0.0, 0.2, 1.0]]]), dim=-1)
+    first, second, odd = bonus_of(name, base)[0].tolist()
+    assert first == pytest.approx(second, abs=1e-5)
+    assert odd > first + 0.05
+
+
+def test_the_log_volume_is_the_methods_own():
+    embeddings = groups()
+    assert torch.equal(bonus_of("log_volume", embeddings), leave_one_out_bonus(embeddings))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_member_alone_and_an_empty_group(name: str):
+    embeddings = groups(count=1, k=3)
+    alone = bonus_of(name, embeddings, torch.tensor([[True, False, False]]))[0, 0].item()
+    assert alone == pytest.approx({"log_volume": math.log(2), "elliptical": 1.0, "vendi": 1.0}.get(name, 0.0))
+    assert not bonus_of(name, embeddings, torch.zeros(1, 3, dtype=torch.bool)).any()
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="got 'volume'; expected log_volume"):
+        group_score("volume", 4)
+    with pytest.raises(ValueError, match=r"mask must have shape \(5, 6\), got \(5, 5\)"):
+        cosine_bonus(groups(), torch.ones(5, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"threshold must be in \(-1, 1\], got 2"):
+        distinct_bonus(groups(), threshold=2.0)
+    with pytest.raises(ValueError, match=r"shape \(\.\.\., k, d\), got \(4,\)"):
+        vendi_bonus(torch.ones(4))
