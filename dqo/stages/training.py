@@ -295,8 +295,8 @@ def parameters(recipe: Recipe, args: DQOConfig) -> dict[str, Any]:
     """What MLflow's compare page shows of a training run."""
     names = (
         "alpha", "advantage", "score", "kernel_scale", "num_generations", "max_steps", "learning_rate", "temperature",
-        "top_p", "max_completion_length", "beta", "loss_type", "scale_rewards", "seed", "bf16", "per_device_train_batch_size",
-        "gradient_accumulation_steps",
+        "top_p", "max_completion_length", "beta", "loss_type", "scale_rewards", "seed", "bf16",
+        "per_device_train_batch_size", "gradient_accumulation_steps",
     )  # fmt: skip
     return {
         "policy.model": recipe.policy.model,

@@ -31,7 +31,7 @@ def spans(text: str) -> list[str]:
 
 def shell_lines(text: str) -> list[str]:
     lines = "\n".join(blocks(text, "sh", "bash", "shell", "console")).replace("\\\n", " ").splitlines()
-    return [line.strip().removeprefix("$ ") for line in lines]
+    return [line.partition(" #")[0].strip().removeprefix("$ ") for line in lines]
 
 
 def typed(text: str) -> list[str]:
