@@ -21,6 +21,9 @@ Members without a reward get advantage 0. `paper` then still estimates its objec
 rows out of L. Under `centred` the scored members' advantages sum to zero, so that the chance of being scored is left
 alone; `decoupled` moves it by alpha times the group's mean bonus less c, which is about zero on average.
 
+Members that earn no bonus (`dqo.defences`) take no part in its means either, and their advantage is the quality part
+alone: neither rewarded nor punished for how they differ.
+
 Dividing the quality part by a standard deviation (`quality_scale`) makes it a heuristic, as in GRPO, in every form. The
 bonus is never divided: alpha would cancel where qualities tie, and differences of 1e-4 would become advantages of 1.
 """
@@ -40,6 +43,7 @@ def group_advantages(
     form: Literal["paper", "centred", "decoupled"],
     quality_scale: Literal["none", "group", "batch"] = "none",
     middle: float | None = None,
+    earns: Tensor | None = None,
 ) -> Tensor:
     r"""Advantage of every response from its reward and its leave-one-out bonus.
 
@@ -57,6 +61,7 @@ def group_advantages(
             standard deviation 0.
         middle: A constant near the middle of the bonus's range; `None` takes that of the log-volume's,
             `[log(1 + 1/k), log 2]`.
+        earns: Members that earn a bonus, boolean, shape `(groups, k)`; `None` lets all scored ones.
 
     Returns:
         Shape `(groups, k)`, in the units of the reward (`quality_scale="none"`). No gradient is stopped.
@@ -69,6 +74,8 @@ def group_advantages(
         raise ValueError(f"rewards must have shape (groups, k) with k >= 2, got {tuple(rewards.shape)}")
     if bonus.shape != rewards.shape:
         raise ValueError(f"bonus must have the rewards' shape {tuple(rewards.shape)}, got {tuple(bonus.shape)}")
+    if earns is not None and earns.shape != rewards.shape:
+        raise ValueError(f"earns must have the rewards' shape {tuple(rewards.shape)}, got {tuple(earns.shape)}")
     if form not in ("paper", "centred", "decoupled"):
         raise ValueError(f"form must be 'paper', 'centred' or 'decoupled', got {form!r}")
     if quality_scale not in ("none", "group", "batch"):
@@ -78,7 +85,8 @@ def group_advantages(
 
     scored = ~rewards.isnan()
     rewards = rewards.where(scored, 0.0)
-    bonus = bonus.where(scored, 0.0)
+    earning = scored if earns is None else scored & earns
+    bonus = bonus.where(earning, 0.0)
     if form == "paper":
         return rewards + alpha * bonus
 
@@ -90,7 +98,7 @@ def group_advantages(
         from_batch = (rewards - rewards.sum() / scored.sum().clamp(min=1)).where(scored, 0.0)
         quality = quality / (_std(from_batch, scored.sum(), dim=(0, 1)) + _STD_FLOOR)
 
-    totals = bonus.sum(1, keepdim=True)
+    totals, members = bonus.sum(1, keepdim=True), earning.sum(1, keepdim=True)
     if form == "centred":
         baseline = totals / members.clamp(min=1)
     else:
@@ -98,7 +106,7 @@ def group_advantages(
         if middle is None:
             middle = (math.log1p(1 / rewards.shape[1]) + math.log(2)) / 2
         baseline = ((totals.sum() - totals) / others.clamp(min=1)).where(others > 0, middle)
-    return (quality + alpha * (bonus - baseline)).where(scored, 0.0)
+    return quality + (alpha * (bonus - baseline)).where(earning, 0.0)
 
 
 def _std(deviations: Tensor, members: Tensor, dim: int | tuple[int, ...]) -> Tensor:

@@ -96,6 +96,19 @@ class Encoder(_Section):
     """Responses embedded at once."""
 
 
+class Defences(_Section):
+    """What a response has to be to earn a bonus in RL; another leaves the kernel, its quality alone counts."""
+
+    min_quality: float | None = None
+    """Reward that has to be reached; `null` asks for none."""
+    quality_gate: Literal["member", "group"] = "member"
+    """Whether each response has to reach `min_quality`, or one of its group for all."""
+    drop_truncated: bool = False
+    """Whether responses that were cut at the token limit earn none."""
+    min_prompt_similarity: Annotated[float, Field(ge=-1.0, le=1.0)] | None = None
+    """Cosine similarity of prompt and response that has to be reached; `null` asks for none."""
+
+
 class Method(_Section):
     """The objective: quality + alpha * log-volume of the group."""
 
@@ -117,6 +130,8 @@ class Method(_Section):
     kernel_scale: Annotated[float, Field(gt=0.0, le=30.0)] = 1.0
     """Factor on the embeddings: larger tells near-duplicates apart more sharply; 1 is the paper's. Above 30 float32
     no longer resolves responses that coincide."""
+    defences: Defences = Defences()
+    """Conditions on a response that earns a bonus."""
     baselines: list[Literal["reward_only"]] = ["reward_only"]
     """Variants trained beside `dqo` from the same SFT checkpoint, with everything but the objective equal."""
 

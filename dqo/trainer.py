@@ -24,6 +24,7 @@ from trl.trainer.utils import RepeatSampler
 from dqo import generation
 from dqo.advantage import group_advantages
 from dqo.data import Demonstration
+from dqo.defences import Defences
 from dqo.determinant import log_volume
 from dqo.diversity import group_score
 from dqo.embedding import ResponseEncoder
@@ -44,6 +45,14 @@ class DQOConfig(GRPOConfig):
         default="log_volume", metadata={"help": "What alpha weighs; see dqo.diversity. DQO is log_volume."}
     )
     kernel_scale: float = field(default=1.0, metadata={"help": "Factor on the embeddings."})
+    min_quality: float | None = field(default=None, metadata={"help": "Reward below which no bonus is earned."})
+    quality_gate: Literal["member", "group"] = field(
+        default="member", metadata={"help": "Whether each member has to reach min_quality, or one of its group."}
+    )
+    drop_truncated: bool = field(default=False, metadata={"help": "Truncated responses earn no bonus."})
+    min_prompt_similarity: float | None = field(
+        default=None, metadata={"help": "Cosine similarity of prompt and response below which no bonus is earned."}
+    )
     distinct_threshold: float = field(
         default=0.9, metadata={"help": "Cosine similarity of equal meaning, of distinct."}
     )
@@ -133,6 +142,9 @@ class DQOTrainer(GRPOTrainer):
             raise ValueError(f"quality='demonstration' needs temperature 1.0 for this model, got {args.temperature}")
         self._gathered_rewards = torch.empty(0)
         self._gathered_embeddings = torch.empty(0)
+        self._gathered_truncated = torch.empty(0, dtype=torch.bool)
+        self._gathered_similarity: Tensor | None = None
+        self._defences = Defences(args.min_quality, args.quality_gate, args.drop_truncated, args.min_prompt_similarity)
         self._encoder_cut_share = 0.0
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
@@ -199,6 +211,11 @@ class DQOTrainer(GRPOTrainer):
             vectors = embedded.vectors.to(self.accelerator.device)
             # k x d floats a group are cheap to move; similarities of a part of a group are not a part of its volume.
             self._gathered_embeddings = self.accelerator.gather(vectors)
+            cut = [not ids or ids[-1] not in self.eos_token_ids for ids in completion_ids_list]
+            self._gathered_truncated = self.accelerator.gather(torch.tensor(cut, device=vectors.device))
+            if self.args.min_prompt_similarity is not None:
+                asked = self.encoder([_text(prompt) for prompt in prompts]).vectors.to(vectors.device)
+                self._gathered_similarity = self.accelerator.gather((asked * vectors).sum(-1))
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -216,23 +233,27 @@ class DQOTrainer(GRPOTrainer):
         score = group_score(self.args.score, k, self.args.kernel_scale, self.args.distinct_threshold)
         if self._embeds:
             embeddings = self._gathered_embeddings.view(-1, k, self._gathered_embeddings.shape[-1])
-            bonus = score.bonus(embeddings, mask)
+            similarity = self._gathered_similarity
+            earns = self._defences.earns(
+                rewards, self._gathered_truncated.view(-1, k), None if similarity is None else similarity.view(-1, k)
+            )
+            bonus = score.bonus(embeddings, earns)
             volume = log_volume(embeddings, mask, self.args.kernel_scale)
         else:
-            bonus, volume = torch.zeros_like(rewards), None
+            bonus, volume, earns = torch.zeros_like(rewards), None, mask
         scale: Any = self.args.scale_rewards
-        advantages = group_advantages(rewards, bonus, self.args.alpha, self.args.advantage, scale, score.middle)
+        advantages = group_advantages(rewards, bonus, self.args.alpha, self.args.advantage, scale, score.middle, earns)
         flat = advantages.flatten()
         start = self.accelerator.process_index * len(inputs)
         output["advantages"] = flat[start : start + len(inputs)]
-        self._log_group_metrics(mode, rewards, bonus, volume, mask)
+        self._log_group_metrics(mode, rewards, bonus, volume, mask, earns)
         logged: Any = self._logs["advantages"]  # TRL has put its own advantages there
         for index, value in enumerate(flat.tolist(), start=len(logged) - len(flat)):
             logged[index] = value
         return output | self._demonstrations(inputs) if demonstrates else output
 
     def _log_group_metrics(
-        self, mode: str, rewards: Tensor, bonus: Tensor, volume: Tensor | None, mask: Tensor
+        self, mode: str, rewards: Tensor, bonus: Tensor, volume: Tensor | None, mask: Tensor, earns: Tensor
     ) -> None:
         metrics = self._metrics[mode]
         if self.args.quality == "reward":
@@ -240,6 +261,7 @@ class DQOTrainer(GRPOTrainer):
             metrics["unscorable_rate"].append((~mask).float().mean().item())
         if volume is not None:
             metrics["bonus"].append(bonus[mask].mean().item())
+            metrics["no_bonus_rate"].append((~earns).float().mean().item())
             metrics["log_volume"].append(volume[mask.any(1)].mean().item())
             metrics["encoder_cut_share"].append(self._encoder_cut_share)
         k = rewards.shape[1]

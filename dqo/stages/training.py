@@ -35,6 +35,7 @@ _METRICS = {
     "duplicate_rate": "duplicate_rate",
     "truncation_rate": "truncation_rate",
     "unscorable_rate": "unscorable_rate",
+    "no_bonus_rate": "no_bonus_rate",
     "encoder_cut_share": "encoder_cut_share",
     "mean_tokens": "mean_tokens",
     "demonstration_nll": "demonstration_nll",

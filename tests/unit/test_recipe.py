@@ -34,7 +34,8 @@ def test_unknown_key_names_file_field_value_and_the_keys_beside_it():
     assert "unknown key" in line and "3.5" in line
     allowed = line.split("expected one of: ")[1].split(", ")
     assert allowed == [
-        "alpha", "k", "advantage", "quality_scale", "score", "distinct_threshold", "kernel_scale", "baselines"
+        "alpha", "k", "advantage", "quality_scale", "score", "distinct_threshold", "kernel_scale", "defences",
+        "baselines",
     ]  # fmt: skip
 
 
@@ -273,6 +274,12 @@ def test_defaults_are_filled_in_and_survive_the_round_trip():
         "score": "log_volume",
         "distinct_threshold": 0.9,
         "kernel_scale": 1.0,
+        "defences": {
+            "min_quality": None,
+            "quality_gate": "member",
+            "drop_truncated": False,
+            "min_prompt_similarity": None,
+        },
         "baselines": ["reward_only"],
     }
     assert list(shown) == list(Recipe.model_fields)
