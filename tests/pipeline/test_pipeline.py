@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +15,11 @@ import pandas
 import pytest
 import yaml
 
+from dqo.recipe import load
+
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden" / "quickstart.yaml"
+STORES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 STAGES = ["prepare", "sft", "rl-reward_only", "rl-dqo", "evaluate", "register"]
 
 
@@ -23,7 +28,15 @@ def command(*arguments: str | Path) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # A test that has read a store in this process has named it there for every process that comes after.
+    inherited = {name: value for name, value in os.environ.items() if name not in STORES}
+    return {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def run(recipe: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command("run", recipe, "--out", out, *options), capture_output=True, text=True, timeout=450, env=environment()
+    )
 
 
 def write_recipe(path: Path, policy_folder: Path, encoder_folder: Path, **changes) -> Path:
@@ -49,9 +62,26 @@ def events(out: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def started(happened: list[dict]) -> list[str]:
+    return [event["stage"] for event in happened if event["event"] == "start"]
+
+
+def runs_of(out: Path) -> dict[str, mlflow.entities.Run]:
+    """The runs of the store by their names."""
+    client = mlflow.MlflowClient(f"sqlite:///{out}/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "dqo"]
+    return {run.data.tags["mlflow.runName"]: run for run in client.search_runs([experiment.experiment_id])}
+
+
+def registered_model(out: Path) -> mlflow.pyfunc.PyFuncModel:
+    mlflow.set_tracking_uri(f"sqlite:///{out}/mlflow.db")
+    mlflow.set_registry_uri(f"sqlite:///{out}/mlflow.db")
+    return mlflow.pyfunc.load_model("models:/tiny-stories@challenger")
+
+
 @pytest.fixture(scope="module")
 def finished(tiny_policy, tiny_encoder, tmp_path_factory):
-    """One run of the pipeline: its output folder, recipe and what it printed."""
+    """One run of the pipeline: its output folder, recipe and the ended process."""
     folder = tmp_path_factory.mktemp("pipeline")
     recipe = write_recipe(folder / "tiny.yaml", tiny_policy, tiny_encoder)
     done = subprocess.run(
@@ -60,7 +90,7 @@ def finished(tiny_policy, tiny_encoder, tmp_path_factory):
     )  # fmt: skip
     log = next((folder / "runs").glob("tiny-*/run.log"), None)
     assert done.returncode == 0, done.stdout + done.stderr + (log.read_text()[-4000:] if log else "")
-    return folder / "runs", recipe, done.stdout
+    return folder / "runs", recipe, done
 
 
 def test_every_stage_ran_once_and_in_order(finished):
@@ -69,12 +99,17 @@ def test_every_stage_ran_once_and_in_order(finished):
 
 
 def test_what_the_user_sees(finished):
-    out, _, printed = finished
+    out, _, done = finished
+    printed = done.stdout
+    assert done.stderr == ""
     assert "Traceback" not in printed and "Warning" not in printed
     for expected in ("Prepare data", "DQO-SFT", "RL reward-only", "DQO-RL", "Evaluate", "Register", "gate", "Report:"):
         assert expected in printed
     for model in ("Base", "SFT", "Reward-only RL", "DQO-RL"):
         assert model in printed
+    (how,) = [line.removeprefix("MLflow: ") for line in printed.splitlines() if line.startswith("MLflow: ")]
+    program, *words = shlex.split(how)
+    assert Path(program).name == "dqo" and words == ["ui", "--out", str(out)]
     report = next(out.glob("tiny-*/report.html")).read_text()
     assert "<html" in report and "tiny" in report
 
@@ -95,10 +130,8 @@ def test_evaluation_holds_every_model_and_prompt(finished):
 
 
 def test_mlflow_holds_the_lineage(finished):
-    out, _, _ = finished
-    client = mlflow.MlflowClient(f"sqlite:///{out}/mlflow.db")
-    (experiment,) = [e for e in client.search_experiments() if e.name == "dqo"]
-    runs = {run.data.tags["mlflow.runName"]: run for run in client.search_runs([experiment.experiment_id])}
+    out, recipe, _ = finished
+    client, runs = mlflow.MlflowClient(f"sqlite:///{out}/mlflow.db"), runs_of(out)
     parent = runs.pop("tiny")
     assert parent.info.status == "FINISHED"
     assert set(runs) == {*STAGES, "base"}
@@ -111,18 +144,24 @@ def test_mlflow_holds_the_lineage(finished):
         assert {"eval/quality", "eval/log_volume", "eval/self_bleu_diversity"} <= runs[name].data.metrics.keys()
     artifacts = {item.path for item in client.list_artifacts(runs["evaluate"].info.run_id)}
     assert {"evaluation", "plane.png", "learning_curves.png", "responses_side_by_side.json"} <= artifacts
+    trained = {item.path: item.is_dir for item in client.list_artifacts(runs["rl-dqo"].info.run_id)}
+    assert trained["completions.json"] is False and trained["checkpoint"] is True
     version = client.get_model_version_by_alias("tiny-stories", "challenger")
     assert version.run_id == runs["rl-dqo"].info.run_id
     assert version.tags["dqo.pipeline_mlflow_run"] == parent.info.run_id
     (card,) = out.glob("tiny-*/artifacts/*/prepare/data/card.json")
     assert version.tags["dqo.data_digest"] == json.loads(card.read_text())["digest"]
+    assert version.tags["dqo.recipe_digest"] == load(recipe).digest
+    assert version.tags["dqo.base_model"] == load(recipe).policy.model
+    assert version.tags["dqo.pipeline_run"] == card.parents[2].name  # Kubeflow names the folder of a run after it
+    means = runs["rl-dqo"].data.metrics
+    for metric in ("quality", "log_volume", "self_bleu_diversity"):
+        assert float(version.tags[f"eval.{metric}"]) == pytest.approx(means[f"eval/{metric}"], abs=5e-5)
 
 
 def test_the_registered_model_generates(finished):
     out, _, _ = finished
-    mlflow.set_tracking_uri(f"sqlite:///{out}/mlflow.db")
-    mlflow.set_registry_uri(f"sqlite:///{out}/mlflow.db")
-    model = mlflow.pyfunc.load_model("models:/tiny-stories@challenger")
+    model = registered_model(out)
     settings = {"n": 3, "max_new_tokens": 5, "seed": 1}
     prompts = pandas.DataFrame({"prompt": ["Write about a boat.", "And a dog."]})
     groups = model.predict(prompts, params=settings)
@@ -130,15 +169,57 @@ def test_the_registered_model_generates(finished):
     assert groups == model.predict(prompts, params=settings)
 
 
-def test_a_repeat_reuses_everything(finished):
+@pytest.fixture(scope="module")
+def repeated(finished):
+    """What the stages report when the same command is repeated."""
     out, recipe, _ = finished
     before = len(events(out))
-    done = subprocess.run(
-        command("run", recipe, "--out", out), capture_output=True, text=True, timeout=300, env=environment()
-    )
+    done = run(recipe, out)
     assert done.returncode == 0, done.stdout + done.stderr
-    again = events(out)[before:]
-    assert not [event for event in again if event["event"] == "start"], again
+    return events(out)[before:]
+
+
+def test_a_repeat_reuses_everything(repeated):
+    assert not started(repeated), repeated
+
+
+def test_a_repeat_runs_no_task(repeated):
+    """Kubeflow's cache holds every one of them."""
+    assert repeated == []
+
+
+@pytest.mark.slow
+def test_a_registration_that_is_repeated_alone_ends_with_the_table(tiny_policy, tiny_encoder, tmp_path):
+    """As after a failed registration: Kubeflow's cache holds every task but that one, whose run evaluates nothing."""
+    recipe = write_recipe(tmp_path / "tiny.yaml", tiny_policy, tiny_encoder, rl={"steps": 1})
+    out = tmp_path / "runs"
+    first = run(recipe, out)
+    assert first.returncode == 0, first.stdout + first.stderr
+    before = len(events(out))
+    (folder,) = out.glob("tiny-*")
+    (entry,) = [path for path in folder.glob("cache/*.json") if "registration" in json.loads(path.read_text())]
+    entry.unlink()
+    (stage,) = out.glob("workspace/stages/register-*")
+    shutil.rmtree(stage)
+    done = run(recipe, out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert started(events(out)[before:]) == ["register"]
+    assert [path.name for path in max(folder.glob("artifacts/*")).iterdir()] == ["register"]
+    begin = "Means over the evaluation prompts"
+    table, expected = (text[text.index(begin) : text.index("Report:")] for text in (done.stdout, first.stdout))
+    assert table == expected and "registered tiny-stories version 1 as challenger" in table
+
+
+@pytest.mark.slow
+def test_full_fine_tuning_registers_a_model_that_generates(tiny_policy, tiny_encoder, tmp_path):
+    out = tmp_path / "runs"
+    done = run(write_recipe(tmp_path / "full.yaml", tiny_policy, tiny_encoder, policy={"lora": None}), out)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    assert runs_of(out)["rl-dqo"].data.params["policy.lora"] == "full fine-tuning"
+    (group,) = registered_model(out).predict(
+        pandas.DataFrame({"prompt": ["Write about a boat."]}), params={"n": 3, "max_new_tokens": 5, "seed": 1}
+    )
+    assert len(group) == 3 and all(isinstance(response, str) for response in group)
 
 
 @pytest.mark.slow
@@ -163,6 +244,10 @@ def test_killed_during_rl_it_continues(tiny_policy, tiny_encoder, tmp_path, how)
     if how == signal.SIGINT:
         assert process.returncode == 130
         assert f"dqo run {recipe} --out {out}" in printed and "Traceback" not in printed
+        stops = [(e["stage"], e["message"]) for e in events(out) if e["event"] == "error"]
+        assert stops == [("rl-reward_only", "interrupted")]
+        ended = {name: run.info.status for name, run in runs_of(out).items()}
+        assert ended == {"prepare": "FINISHED", "sft": "FINISHED", "rl-reward_only": "KILLED", "tiny": "KILLED"}
     before = len(events(out))
     (path,) = (out / "workspace" / "stages").glob("rl-reward_only-*")
     # The runner ends by itself when the command line is gone; a half-written checkpoint must not be taken.
@@ -172,7 +257,7 @@ def test_killed_during_rl_it_continues(tiny_policy, tiny_encoder, tmp_path, how)
     )
     assert done.returncode == 0, done.stdout + done.stderr
     again = events(out)[before:]
-    assert [e["stage"] for e in again if e["event"] == "start"] == ["rl-reward_only", "rl-dqo", "evaluate", "register"]
+    assert started(again) == ["rl-reward_only", "rl-dqo", "evaluate", "register"]
     first = next(e for e in again if e["stage"] == "rl-reward_only" and "total" in e and e["step"] > 0)
     assert 10 <= first["step"] < 120
     assert any("continuing from checkpoint-" in e.get("message", "") for e in again)
@@ -180,19 +265,32 @@ def test_killed_during_rl_it_continues(tiny_policy, tiny_encoder, tmp_path, how)
     assert [json.loads(line)["step"] for line in history] == list(range(1, 121))
 
 
-def test_a_bad_row_share_stops_with_the_reason(tiny_policy, tiny_encoder, tmp_path):
+@pytest.fixture
+def bad_rows(tiny_policy, tiny_encoder, tmp_path) -> Path:
+    """A recipe whose data cannot be used."""
     rows = ['{"concepts": ["dog"], "references": ["A dog ran."]}', "{broken", '{"concepts": [], "references": ["x"]}']
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
-    recipe = write_recipe(
-        tmp_path / "bad.yaml", tiny_policy, tiny_encoder, data={"source": str(tmp_path / "rows.jsonl")}
-    )
-    done = subprocess.run(
-        command("run", recipe, "--out", tmp_path / "runs"),
-        capture_output=True, text=True, timeout=200, env=environment(),
-    )  # fmt: skip
+    return write_recipe(tmp_path / "bad.yaml", tiny_policy, tiny_encoder, data={"source": str(tmp_path / "rows.jsonl")})
+
+
+def test_a_bad_row_share_stops_with_the_reason(bad_rows, tmp_path):
+    done = run(bad_rows, tmp_path / "runs")
     assert done.returncode == 2
     assert "rows.jsonl" in done.stderr and "Traceback" not in done.stderr
-    assert str(recipe) in done.stderr  # how to continue
+    assert str(bad_rows) in done.stderr  # how to continue
+
+
+@pytest.mark.slow
+def test_a_fresh_run_shows_its_stages_and_reason_too(bad_rows, tmp_path):
+    """What an earlier run of the recipe reported is deleted while the new one is already being followed."""
+    old = tmp_path / "runs" / "workspace" / "progress" / f"tiny-{load(bad_rows).digest}.jsonl"
+    old.parent.mkdir(parents=True)
+    old.write_text(json.dumps({"time": 1.0, "stage": "sft", "event": "step", "step": 1, "total": 2}) + "\n")
+    old.write_text(old.read_text() * 100)
+    done = run(bad_rows, tmp_path / "runs", "--fresh")
+    assert done.returncode == 2
+    assert done.stdout.splitlines()[1:] == ["Prepare data", "  Prepare data: failed"]
+    assert "rows.jsonl" in done.stderr.splitlines()[0] and "Traceback" not in done.stderr
 
 
 def test_golden_intermediate_representation(tmp_path):
@@ -212,9 +310,10 @@ def test_golden_intermediate_representation(tmp_path):
     assert masked == GOLDEN.read_text().splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_full_disk_at_a_checkpoint(tiny_policy, tiny_encoder, tmp_path):
-    """A real file system of 6 MiB: the run stops with a clear message that says how to continue."""
+    """A real file system of 6 MiB: the run stops with a clear message that says how to continue, and that works."""
     mount = tmp_path / "small"
     mount.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", mount], capture_output=True).returncode:
@@ -223,12 +322,13 @@ def test_full_disk_at_a_checkpoint(tiny_policy, tiny_encoder, tmp_path):
         recipe = write_recipe(
             tmp_path / "full.yaml", tiny_policy, tiny_encoder, policy={"lora": {"r": 512, "alpha": 8}}
         )
-        done = subprocess.run(
-            command("run", recipe, "--out", mount / "runs"),
-            capture_output=True, text=True, timeout=200, env=environment(),
-        )  # fmt: skip
+        done = run(recipe, mount / "runs")
         assert done.returncode == 2, done.stdout + done.stderr
         assert "disk is full" in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert "while writing a checkpoint or result" in done.stderr
         assert f"dqo run {recipe}" in done.stderr
+        subprocess.run(["mount", "-o", "remount,size=64m", mount], check=True)
+        done = run(recipe, mount / "runs")
+        assert done.returncode == 0, done.stdout + done.stderr
     finally:
         subprocess.run(["umount", mount], check=True)

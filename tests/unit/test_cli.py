@@ -1,14 +1,24 @@
 """The command line from outside: exit status, what goes to which stream, and no traceback for a user's mistake."""
 
+import importlib.util
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
+from dqo import tracking
 from dqo.recipe import load, parse
 
 ROOT = Path(__file__).parents[2]
@@ -16,7 +26,10 @@ QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
 
 
 def dqo(*arguments: object, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"} | variables
+    # A test that has read a store in this process has named it there for every process that comes after.
+    stores = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
+    inherited = {name: value for name, value in os.environ.items() if name not in stores}
+    environment = inherited | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"} | variables
     command = [sys.executable, "-m", "pipelines.cli", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
@@ -170,12 +183,119 @@ def test_run_refuses_an_output_folder_that_is_a_file(tmp_path: Path):
     assert message == "dqo: --out runs: cannot be created (File exists)\n"
 
 
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_fresh_deletes_nothing_while_another_run_is_working(tmp_path: Path, tiny_policy: Path, tiny_encoder: Path):
+    path = recipe_file(tmp_path, f"policy: {{model: {tiny_policy}}}\nencoder: {{model: {tiny_encoder}}}")
+    out = tmp_path / "runs"
+    stage, finished, report = (
+        out / "workspace" / "stages" / "x",
+        out / "workspace" / "stages" / "w",
+        out / f"a-{load(path).digest[:8]}",
+    )
+    for folder in (stage, finished, report):
+        folder.mkdir(parents=True)
+        (folder / "kept").write_text(folder.name)
+    with FileLock(stage / ".lock"):
+        before = files(out)
+        message = refused(dqo("run", path, "--out", out, "--fresh"))
+        assert message.startswith(f"dqo: --fresh: another run is working in {stage};")
+        assert {path: text for path, text in files(out).items() if path in before} == before
+    assert list(out.rglob("pipeline.yaml")) + list(out.rglob("run.log")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_run_refuses_vllm_where_it_is_not_installed(tmp_path: Path, tiny_policy: Path, tiny_encoder: Path):
+    models = f"policy: {{model: {tiny_policy}}}\nencoder: {{model: {tiny_encoder}}}"
+    path = recipe_file(tmp_path, f"{models}\nrl: {{rollout: {{engine: vllm}}}}")
+    message = refused(dqo("run", path, cwd=tmp_path))
+    assert message.startswith("dqo: rl.rollout.engine: got 'vllm', which is not installed here;")
+    assert "dqo-pipelines[gpu]" in message and "'transformers'" in message
+    assert list(tmp_path.rglob("pipeline.yaml")) + list(tmp_path.rglob("run.log")) == []
+
+
 # --- ui, doctor ---
 
 
 def test_ui_without_a_store_says_where_it_looked(tmp_path: Path):
     message = refused(dqo("ui", "--out", tmp_path / "runs"))
     assert str(tmp_path / "runs" / "mlflow.db") in message and "--out" in message
+
+
+@pytest.fixture
+def pipeline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Begins and ends a pipeline run in the store of `runs`; returns the path that MLflow's page has for it."""
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        monkeypatch.delenv(name, raising=False)
+
+    def ended(name: str) -> str:
+        recipe, out = parse(f"name: {name}"), tmp_path / "runs"
+        experiment = tracking.connect(recipe, tracking.default_uri(out))
+        run = tracking.open_parent(recipe, experiment, out / "workspace")
+        tracking.Run(run).finish()
+        return f"#/experiments/{experiment}/runs/{run}"
+
+    return ended
+
+
+@contextmanager
+def served(out: Path) -> Iterator[tuple[int, str]]:
+    """`dqo ui` on a free port, and the first line that it prints."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", "ui", "--out", str(out), "--port", str(port)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    try:
+        yield port, process.stdout.readline()
+    finally:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.stdout.close()
+
+
+def status(address: str) -> int:
+    """The answer to a request without a proxy; 0 where nobody listens yet."""
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address, timeout=10) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return 0
+
+
+@pytest.mark.slow
+def test_ui_serves_the_page_that_its_link_names(tmp_path: Path, pipeline_run):
+    place = pipeline_run("a")
+    with served(tmp_path / "runs") as (port, line):
+        assert line == f"MLflow: http://127.0.0.1:{port}/{place}  (Ctrl-C ends it)\n"
+        deadline = time.monotonic() + 300
+        while status(line.split()[1]) != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        run_id = place.rpartition("/")[2]
+        assert status(f"http://127.0.0.1:{port}/api/2.0/mlflow/runs/get?run_id={run_id}") == 200
+
+
+@pytest.mark.slow
+def test_ui_names_the_run_that_ended_last(tmp_path: Path, pipeline_run):
+    """A run that is continued keeps its start, so the older one may be the one that was just looked at."""
+    older = pipeline_run("a")
+    assert pipeline_run("b") != older
+    assert pipeline_run("a") == older
+    with served(tmp_path / "runs") as (_, line):
+        assert line.split()[1].endswith(f"/{older}")
 
 
 @pytest.mark.slow
