@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from dqo import registry, tracking
 from dqo.errors import DQOError
@@ -77,5 +78,21 @@ def run(
                 progress("step", 1, 1, f"{recipe.registry.name} version {version} ({', '.join(aliases)})")
             document = json.loads((folder.output / "registration.json").read_text(encoding="utf-8"))
             run_.tags({"dqo.model_version": f"{document['name']}/{document['version']}"})
-        tracking.Run(context.parent_run_id).finish()
+        pipeline = tracking.Run(context.parent_run_id)
+        pipeline.tags({"mlflow.note.content": _note(document)})
+        pipeline.finish()
         write_text(registration, json.dumps(document, indent=2) + "\n")
+
+
+def _note(document: dict[str, Any]) -> str:
+    """What MLflow's page says of the pipeline's run: the model version, and the gate's rules with their outcome."""
+    aliases = ", ".join(f"`{alias}`" for alias in document["aliases"])
+    lines = [
+        f"Registered as `{document['name']}` version {document['version']} ({aliases}). "
+        f"Gate {'passed' if document['gate']['passed'] else 'not passed'}:",
+        "",
+        *(f"- {reason}" for reason in document["gate"]["reasons"]),
+        "",
+        "The report is `evaluation/report.html` among the artifacts of the child run `evaluate`.",
+    ]
+    return "\n".join(lines)

@@ -134,6 +134,8 @@ def test_mlflow_holds_the_lineage(finished):
     client, runs = mlflow.MlflowClient(f"sqlite:///{out}/mlflow.db"), runs_of(out)
     parent = runs.pop("tiny")
     assert parent.info.status == "FINISHED"
+    note = parent.data.tags["mlflow.note.content"]
+    assert note.startswith("Registered as `tiny-stories` version 1 (`challenger`") and "\n- quality " in note
     assert set(runs) == {*STAGES, "base"}
     assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for run in runs.values())
     assert all(run.info.status == "FINISHED" for run in runs.values())
