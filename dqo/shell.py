@@ -13,8 +13,12 @@ def dqo_command(*words: str | Path) -> str:
         words: Subcommand, options and arguments; quoted where the shell needs it.
     """
     folder = Path(sys.prefix) / "bin"
-    active = str(folder) in os.environ.get("PATH", "").split(os.pathsep)
-    return shlex.join(["dqo" if active else short(folder / "dqo"), *map(str, words)])
+    program = "dqo"
+    if str(folder) not in os.environ.get("PATH", "").split(os.pathsep):
+        program = short(folder / "dqo")
+        if os.sep not in program:
+            program = os.path.join(os.curdir, program)  # noqa: PTH118  (pathlib drops the dot that the shell needs)
+    return shlex.join([program, *map(str, words)])
 
 
 def short(path: Path) -> str:

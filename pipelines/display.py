@@ -56,7 +56,7 @@ class StageState:
 class Follower:
     """Reads a progress file as it grows, from its present end, and keeps each stage's state."""
 
-    def __init__(self, recipe: Recipe, path: Path) -> None:
+    def __init__(self, recipe: Recipe, path: Path, fresh: bool = False) -> None:
         self.stages = {"prepare": StageState("Prepare data"), "sft": StageState("DQO-SFT")}
         for variant in recipe.variants:
             self.stages[f"rl-{variant}"] = StageState(
@@ -64,7 +64,8 @@ class Follower:
             )
         self.stages |= {"evaluate": StageState("Evaluate"), "register": StageState("Register")}
         self._path = path
-        self._offset = path.stat().st_size if path.is_file() else 0
+        # A fresh run begins by deleting the file, so what is there now will be gone.
+        self._offset = path.stat().st_size if path.is_file() and not fresh else 0
         self.error: str | None = None
 
     def update(self) -> list[tuple[str, dict[str, Any]]]:
@@ -201,7 +202,7 @@ def summary(console: Console, labels: dict[str, str], metrics: dict[str, Any], c
         "duplicate_rate": ("dupl.", False),
     }
     table = Table(
-        title=f"Means over the evaluation prompts [{confidence:.0%} interval]",
+        title=f"Means over the evaluation prompts [{100 * confidence:g}% interval]",
         title_justify="left",
         box=None,
         padding=(0, 1, 0, 0),
@@ -212,7 +213,9 @@ def summary(console: Console, labels: dict[str, str], metrics: dict[str, Any], c
     for name, values in metrics.items():
         cells = [_cell(values[metric], interval) for metric, (_, interval) in columns.items()]
         table.add_row(labels.get(name, name).partition(" (")[0], *cells)
-    console.print(table)
+    # As wide as it is: a cell that is cut says something else, and lines may wrap where the terminal is narrower.
+    table.width = console.measure(table, options=console.options.update(max_width=400)).maximum
+    console.print(table, crop=False)
 
 
 def _cell(value: dict[str, float | None], interval: bool) -> str:

@@ -34,7 +34,7 @@ def run(recipe: Recipe, recipe_path: Path, out: Path, fresh: bool) -> int:
     begin = time.time()
     console.print(f"Recipe [bold]{recipe.name}[/] ({recipe.digest}); log: {short(folder.log)}", soft_wrap=True)
     progress = folder.workspace / "progress" / f"{recipe.name}-{recipe.digest}.jsonl"
-    follower = Follower(recipe, progress)
+    follower = Follower(recipe, progress, fresh)
     process = local.start(recipe, folder, fresh)
     # Both explicitly: a shell starts background jobs with SIGINT ignored, and Python then leaves it so.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -71,7 +71,8 @@ def run(recipe: Recipe, recipe_path: Path, out: Path, fresh: bool) -> int:
     console.print(f"Report: {short(folder.report)}", soft_wrap=True)
     console.print(f"MLflow: {_mlflow(result, folder, where)}", soft_wrap=True)
     memory = f", at most {result['peak_memory_gib']:.1f} GiB in a stage" if result["peak_memory_gib"] > 0.1 else ""
-    console.print(f"[dim]{time.time() - begin:.0f} s{memory}; a repeat reuses what is there (--fresh trains anew)[/]")
+    hint = "a repeat reuses what is there (--fresh trains anew)"
+    console.print(f"[dim]{time.time() - begin:.0f} s{memory}; {hint}[/]", soft_wrap=True)
     return 0
 
 

@@ -25,8 +25,8 @@ from dqo.recipe import Encoder, Policy, Recipe
 _DONE = "done.json"
 PIPELINE_FILE = "pipeline.json"
 # How `torch.save` fails: `[enforce fail at inline_container.cc:672] . unexpected pos 3949312 vs 3949200`, or
-# `PytorchStreamWriter failed writing file data/1: file write failed`.
-_TORCH_WRITER = ("inline_container.cc", "PytorchStreamWriter")
+# `PytorchStreamWriter failed writing file data/1: file write failed`, or `basic_ios::clear: iostream error`.
+_TORCH_WRITER = ("inline_container.cc", "PytorchStreamWriter", "iostream error")
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,9 @@ def full_disk_message(error: BaseException, folder: Path) -> str | None:
     while seen is not None:
         text = str(seen)
         full = isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT)
-        full = full or any(words in text for words in ("No space left on device", "os error 28", "disk is full"))
+        full = full or any(
+            words in text for words in ("No space left on device", "os error 28", "os error 122", "disk is full")
+        )
         if full or (any(words in text for words in _TORCH_WRITER) and not _accepts(folder, 2**20)):
             free = shutil.disk_usage(folder).free
             return (

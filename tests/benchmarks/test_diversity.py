@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_determinant import interleaved
 
+from benchmarks.test_determinant import interleaved
 from dqo.diversity import group_score
 
 pytestmark = pytest.mark.benchmark
