@@ -18,8 +18,8 @@ The forms of DQO, RepExp and DARLING are [second hand]. `elliptical` is exp(b_i)
 [derived], so it orders members of one group alike and weighs the odd one out more. `distinct` puts two responses into
 one class when a chain of similarities of at least the threshold links them; DARLING asks a trained classifier instead,
 and multiplies the reward by the share [second hand], where here it is added like every other score [ours]. `vendi` may
-be slightly negative: a response that repeats the most frequent meaning makes the group less even. Its upper bound is 1
-[derived: a member orthogonal to m - 1 equal or orthogonal ones; not proven in general].
+be slightly negative: a response that repeats the most frequent meaning makes the group less even. It is 1 for every
+member of a group of orthogonal ones [derived]; no general bound was proven.
 
 Masked members leave the group: they get 0 and change nobody's bonus. A member alone in its group has `log_volume`
 log 2, `elliptical` and `vendi` 1, and 0 for what is relative to others.
@@ -153,14 +153,10 @@ class GroupScore:
     """A way to reward variety within a group.
 
     Attributes:
-        label: Name for people.
-        unit: What alpha is divided by to be a reward.
         middle: A constant near the middle of the bonus's range, the baseline where no other group is there.
         bonus: `(embeddings (..., k, d), mask (..., k)) -> (..., k)`.
     """
 
-    label: str
-    unit: str
     middle: float
     bonus: Bonus
 
@@ -181,13 +177,13 @@ def group_score(name: str, k: int, kernel_scale: float = 1.0, threshold: float =
     match name:
         case "log_volume":
             middle = (torch.log1p(one / k) + torch.log(2 * one)).item() / 2
-            return GroupScore("Log-volume", "nat", middle, lambda e, m: leave_one_out_bonus(e, m, kernel_scale))
+            return GroupScore(middle, lambda e, m: leave_one_out_bonus(e, m, kernel_scale))
         case "elliptical":
-            return GroupScore("Elliptical", "1", (1 / k + 1) / 2, lambda e, m: elliptical_bonus(e, m, kernel_scale))
+            return GroupScore((1 / k + 1) / 2, lambda e, m: elliptical_bonus(e, m, kernel_scale))
         case "cosine_distance":
-            return GroupScore("Cosine distance", "1", 0.5, cosine_bonus)
+            return GroupScore(0.5, cosine_bonus)
         case "vendi":
-            return GroupScore("Vendi", "response", 0.5, vendi_bonus)
+            return GroupScore(0.5, vendi_bonus)
         case "distinct":
-            return GroupScore("Distinct share", "1", 0.5, lambda e, m: distinct_bonus(e, m, threshold))
+            return GroupScore(0.5, lambda e, m: distinct_bonus(e, m, threshold))
     raise ValueError(f"group score: got {name!r}; expected log_volume, elliptical, cosine_distance, vendi or distinct")
