@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dqo.errors import DQOError
+from dqo.tasks import problem as unknown_task
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -36,7 +37,8 @@ class Data(_Section):
     """Where the prompts come from and how they are split."""
 
     source: str = "bundled"
-    """`bundled` (the task's own small set), a path to a .jsonl or .parquet file, or `hub:<dataset id>`."""
+    """`bundled` (the task's own small set), `public` (its public set on the hub), a path to a .jsonl or .parquet file,
+    or `hub:<dataset id>`."""
     revision: str | None = None
     """Commit or tag of a hub data set."""
     subset: str | None = None
@@ -94,6 +96,32 @@ class Encoder(_Section):
     """Longer responses are cut before embedding; the share that was cut is logged."""
     batch_size: Positive = 64
     """Responses embedded at once."""
+
+
+class Reward(_Section):
+    """What a response is worth, in training and in evaluation."""
+
+    kind: Literal["auto", "rule", "reference_similarity", "model"] = "auto"
+    """`rule`: the task's own; `reference_similarity`: cosine similarity to the nearest reference, as the encoder sees
+    them; `model`: a reward model. `auto` takes the task's rule, or reference similarity where it has none."""
+    model: str | None = None
+    """Hub id or local directory of a sequence-classification model with one label; of `model` only."""
+    revision: str | None = None
+    """Commit or tag of a hub model."""
+    squash: bool = True
+    """Whether a reward model's score passes through the logistic function, which puts it into (0, 1)."""
+    max_tokens: Positive = 1024
+    """Longer conversations are not judged: they have no reward, and are counted as unscorable."""
+    batch_size: Positive = 16
+    """Responses judged at once."""
+
+    @model_validator(mode="after")
+    def _model_is_named(self) -> "Reward":
+        if self.kind == "model" and self.model is None:
+            raise ValueError("kind 'model' needs model, the hub id or directory of a sequence-classification model")
+        if self.kind != "model" and self.model is not None:
+            raise ValueError(f"model {self.model!r} is of kind 'model' only, got kind {self.kind!r}")
+        return self
 
 
 class Defences(_Section):
@@ -298,13 +326,14 @@ class Recipe(_Section):
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,46}[a-z0-9])?$")]
     """Name of the run and of the Kubeflow pipeline: lower-case letters, digits and dashes."""
-    task: Literal["story"] = "story"
-    """What is asked of the model; brings prompts, references and the reward."""
+    task: str = "story"
+    """What is asked of the model; brings prompts, references and a rule or none (docs/tasks.md)."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     """Seed of everything that draws."""
     data: Data = Data()
     policy: Policy = Policy()
     encoder: Encoder = Encoder()
+    reward: Reward = Reward()
     method: Method = Method()
     sft: Sft = Sft()
     rl: Rl = Rl()
@@ -313,6 +342,13 @@ class Recipe(_Section):
     registry: Registry = Registry()
     tracking: Tracking = Tracking()
     resources: Resources = Resources()
+
+    @field_validator("task")
+    @classmethod
+    def _task_exists(cls, task: str) -> str:
+        if reason := unknown_task(task):
+            raise ValueError(reason)
+        return task
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "Recipe":

@@ -97,7 +97,11 @@ def start(recipe: Recipe, folder: RunFolder, fresh: bool) -> subprocess.Popen[by
 
     source = source_fingerprint(recipe.data, get_task(recipe.task))
     # Only a look: rebuilding the bundled model (once) is for the runner's process, whose output goes to the log.
-    models = [identity(section.model, section.revision) for section in (recipe.policy, recipe.encoder)]
+    models = [
+        identity(section.model, section.revision)
+        for section in (recipe.policy, recipe.encoder, recipe.reward)
+        if section.model is not None
+    ]
     uri = tracking_uri(recipe, folder.root)
     check_reachable(uri)
     if recipe.rl.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
@@ -127,9 +131,9 @@ def start(recipe: Recipe, folder: RunFolder, fresh: bool) -> subprocess.Popen[by
         "PYTHONUNBUFFERED": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
-    names = (recipe.policy.model, recipe.encoder.model)
+    names = [name for name in (recipe.policy.model, recipe.encoder.model, recipe.reward.model) if name is not None]
     offline = all(name.startswith("bundled:") or Path(name).expanduser().exists() for name in names)
-    if offline and not recipe.data.source.startswith("hub:"):
+    if offline and recipe.data.source != "public" and not recipe.data.source.startswith("hub:"):
         environment["HF_HUB_OFFLINE"] = "1"  # nothing to ask the hub for; without a network it would retry
     # A stage is one process; with two GPUs in sight, transformers would wrap the model for both, which TRL refuses.
     environment.setdefault("CUDA_VISIBLE_DEVICES", "0")

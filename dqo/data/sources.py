@@ -8,17 +8,18 @@ import codecs
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from dqo.errors import DQOError
 from dqo.recipe import Data
-from dqo.tasks.base import Task
+from dqo.tasks.base import PublicSet, Task
 
-_EXPECTED = "expected 'bundled', the path of a .jsonl or .parquet file, or hub:<dataset id>"
+_EXPECTED = "expected 'bundled', 'public', the path of a .jsonl or .parquet file, or hub:<dataset id>"
 _HUB = "hub:"
+_PUBLIC = "public"
 _LONGEST_REASON = 400
 
 
@@ -95,7 +96,9 @@ def read_source(data: Data, task: Task) -> Source:
         DQOError: If the source cannot be opened, has no rows or lacks a column.
     """
     columns = _columns(data, task)
-    if data.source.startswith(_HUB):
+    if data.source == _PUBLIC:
+        source = _read_public(data, task)
+    elif data.source.startswith(_HUB):
         source = _read_hub(data, columns)
     else:
         path = _file(data, task)
@@ -124,6 +127,8 @@ def source_fingerprint(data: Data, task: Task) -> str:
     Raises:
         DQOError: If the file is missing or of an unknown kind.
     """
+    if data.source == _PUBLIC:
+        return _hub_name(_on_the_hub(data, _public_set(data, task)))
     if data.source.startswith(_HUB):
         return _hub_name(data)
     path = _file(data, task)
@@ -242,6 +247,41 @@ def _parquet_row(number: int, cells: dict[str, Any], columns: dict[str, str]) ->
     return _select(SourceRow(number, _as_text(values), values), columns)
 
 
+def _public_set(data: Data, task: Task) -> PublicSet:
+    if task.public is None:
+        raise DQOError(f"data.source 'public': task {task.name!r} names no public data set; {_EXPECTED}")
+    if data.columns:
+        raise DQOError(
+            f"data.columns: got {data.columns} with data.source 'public', whose columns are known; expected none, or "
+            f"data.source 'hub:{task.public.dataset}'"
+        )
+    return task.public
+
+
+def _on_the_hub(data: Data, public: PublicSet) -> Data:
+    """The same section for the set that `public` stands for; the recipe's own subset comes first."""
+    return data.model_copy(
+        update={
+            "source": _HUB + public.dataset,
+            "subset": data.subset or public.subset,
+            "split": data.split if "split" in data.model_fields_set else public.split,
+        }
+    )
+
+
+def _read_public(data: Data, task: Task) -> Source:
+    public = _public_set(data, task)
+    source = _read_hub(_on_the_hub(data, public), {column: column for column in public.columns})
+    fields = (*task.fields, "references")
+    rows = [
+        SourceRow(row.line, row.raw, {name: values.get(name) for name in fields})
+        for row in source.rows
+        if isinstance(row, SourceRow)
+        for values in [public.convert(row.values)]
+    ]
+    return replace(source, rows=rows, licence=public.licence)
+
+
 def _read_hub(data: Data, columns: dict[str, str]) -> Source:
     import datasets
 
@@ -258,7 +298,7 @@ def _read_hub(data: Data, columns: dict[str, str]) -> Source:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise DQOError(
             f"data.source {_hub_name(data)!r}: {what} ({reason}); expected a data set that is reachable or in the hub "
-            "cache, or, to work offline, the path of a local .jsonl or .parquet file as data.source"
+            "cache; offline, take 'bundled' or the path of a local .jsonl or .parquet file as data.source"
         ) from error
     _require_columns(columns, dataset.column_names, data.source)
     selected = dataset.select_columns(list(dict.fromkeys(columns.values())))
@@ -299,7 +339,7 @@ def _select(row: SourceRow, columns: dict[str, str]) -> SourceRow | RejectedRow:
                 row, "missing column", f"no column {column!r}; the row has {_listed(list(row.values))}"
             )
     values = {field: row.values[column] for field, column in columns.items()}
-    if isinstance(values["references"], str):
+    if isinstance(values.get("references"), str):
         values["references"] = [values["references"]]
     return SourceRow(row.line, row.raw, values)
 

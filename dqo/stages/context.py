@@ -79,6 +79,16 @@ def with_identity(section: Policy | Encoder) -> dict[str, Any]:
     return section.model_dump() | {"identity": identity(section.model, section.revision)}
 
 
+def reward_identity(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's reward section with what its model's name stands for now, for `stage_key`."""
+    section = recipe.reward.model_dump()
+    return (
+        section
+        if recipe.reward.model is None
+        else section | {"identity": identity(recipe.reward.model, recipe.reward.revision)}
+    )
+
+
 class StageFolder:
     """A stage's place in the workspace: `stages/<name>-<key>/`, with `output/` once it is finished.
 

@@ -23,8 +23,9 @@ from dqo.policy import CheckpointCard, default_device, end_of_turn_ids, load_for
 from dqo.progress import Progress
 from dqo.recipe import Recipe
 from dqo.registry import decide
+from dqo.rewards import build, score
 from dqo.shell import dqo_command
-from dqo.stages.context import Context, StageFolder, running, stage_key, with_identity
+from dqo.stages.context import Context, StageFolder, reward_identity, running, stage_key, with_identity
 from dqo.stages.labels import label
 from dqo.tasks import get_task
 
@@ -77,6 +78,7 @@ def _sampling_key(recipe: Recipe, card: DataCard, checkpoint: Path | None) -> st
         model=None if checkpoint is None else CheckpointCard.read(checkpoint).stage_key,
         policy=with_identity(recipe.policy),
         evaluation=recipe.evaluation.model_dump(include={"prompts", "n", "sampling", "batch_prompts"}),
+        reward=reward_identity(recipe),
         seed=recipe.seed,
         task=recipe.task,
         data=card.digest,
@@ -96,8 +98,8 @@ def _sample(
     if kept.is_file():
         progress("step", position + len(batches), total, label(recipe, name))
         return read_jsonl(kept)
-    task = get_task(recipe.task)
     device = default_device()
+    reward = build(recipe, get_task(recipe.task), device)
     tokenizer = load_tokenizer(recipe.policy)
     model = load_for_inference(recipe.policy, device, checkpoint)
     ends = end_of_turn_ids(tokenizer, model)
@@ -123,7 +125,7 @@ def _sample(
                     "prompt": row["prompt"][-1]["content"],
                     "model": name,
                     "responses": [one.text for one in group],
-                    "qualities": [task.reward(one.text, row) for one in group],
+                    "qualities": score(reward, [one.text for one in group], [row] * len(group)),
                     "truncated": [one.truncated for one in group],
                     "tokens": [one.tokens for one in group],
                 }

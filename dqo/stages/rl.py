@@ -1,48 +1,15 @@
 """Stage 3: DQO-RL and its baselines, policy gradient on the reward plus alpha times the group's volume."""
 
-import math
 from pathlib import Path
-from typing import Any
 
 from dqo import tracking
 from dqo.data import DataCard, read_rows
 from dqo.errors import DQOError
-from dqo.policy import CheckpointCard
-from dqo.stages.context import Context, running, stage_key, with_identity
+from dqo.policy import CheckpointCard, default_device
+from dqo.rewards import TrlReward, build
+from dqo.stages.context import Context, reward_identity, running, stage_key, with_identity
 from dqo.stages.training import configuration, parameters, publish, train
 from dqo.tasks import get_task
-from dqo.tasks.base import Task
-
-
-class TaskReward:
-    """A task's reward in the form TRL calls, checked at the door.
-
-    Args:
-        task: Its `reward(response, row)` is called for each response.
-    """
-
-    def __init__(self, task: Task) -> None:
-        self._task = task
-        self.__name__ = f"{task.name}_reward"  # TRL's name for it in logs
-
-    def __call__(self, completions: list[Any], **columns: Any) -> list[float | None]:
-        """Score responses; None or NaN leaves the response out of its group.
-
-        Raises:
-            DQOError: If the reward is infinite or not a number.
-        """
-        rewards = []
-        for index, completion in enumerate(completions):
-            row = {name: columns[name][index] for name in ("references", *self._task.fields)}
-            text = completion if isinstance(completion, str) else completion[-1]["content"]
-            value = self._task.reward(text, row)
-            if value is not None and (not isinstance(value, (int, float)) or math.isinf(value)):
-                raise DQOError(
-                    f"reward of task {self._task.name!r}: got {value!r} for the response {text[:80]!r}; expected a "
-                    "finite number, or None where the response cannot be judged"
-                )
-            rewards.append(value)
-        return rewards
 
 
 def run(context: Context, variant: str, data: Path, parent: Path, checkpoint: Path) -> None:
@@ -62,6 +29,7 @@ def run(context: Context, variant: str, data: Path, parent: Path, checkpoint: Pa
     if variant not in recipe.variants:
         raise DQOError(f"variant {variant!r}: not in this recipe; expected one of: {', '.join(recipe.variants)}")
     card = DataCard.read(data / "card.json")
+    task = get_task(recipe.task)
     alpha = recipe.method.alpha if variant == "dqo" else 0.0
     key = stage_key(
         # Not what only says how often to write, or where the rollout server is: a change must not lose checkpoints.
@@ -71,6 +39,7 @@ def run(context: Context, variant: str, data: Path, parent: Path, checkpoint: Pa
         # alpha alone tells the variants apart, so a changed alpha does not repeat the baseline.
         method=recipe.method.model_dump(exclude={"baselines", "alpha"}) | {"alpha": alpha},
         encoder=with_identity(recipe.encoder),
+        reward=reward_identity(recipe),
         policy=with_identity(recipe.policy),
         seed=recipe.seed,
         task=recipe.task,
@@ -108,7 +77,8 @@ def run(context: Context, variant: str, data: Path, parent: Path, checkpoint: Pa
                 train(
                     context, folder, progress, run_,
                     model_name=variant, key=key, args=args, rows=rows, parent=parent, card=card,
-                    prompts_per_step=recipe.rl.prompts_per_step, reward=TaskReward(get_task(recipe.task)),
+                    prompts_per_step=recipe.rl.prompts_per_step,
+                    reward=TrlReward(build(recipe, task, default_device()), task),
                     table_every=recipe.rl.log_completions_every,
                 )  # fmt: skip
             publish(folder, run_, checkpoint)

@@ -10,6 +10,28 @@ Message = dict[str, str]
 
 
 @dataclass(frozen=True)
+class PublicSet:
+    """A public data set on the Hugging Face hub that has the task's form: `data.source: public`.
+
+    Attributes:
+        dataset: Id on the hub.
+        subset: Configuration name.
+        split: Split that is read; the train/evaluation split is always made by the preparation.
+        licence: SPDX identifier, or the words of the set's page where it has none.
+        columns: Columns that `convert` reads.
+        convert: A row of the set as a row of the task: its fields and `references`. A value that cannot be converted
+            is passed on as it is, for the task's `check` to name it.
+    """
+
+    dataset: str
+    split: str
+    licence: str
+    columns: tuple[str, ...]
+    convert: Callable[[Row], dict[str, Any]]
+    subset: str | None = None
+
+
+@dataclass(frozen=True)
 class Task:
     """One kind of problem a policy is trained on.
 
@@ -29,5 +51,12 @@ class Task:
     """Chat messages (`role`, `content`) that ask for a response to the row."""
     check: Callable[[Row], str | None]
     """Why the row is unusable, naming field and value; `None` when it is usable. Accepts any mapping."""
-    reward: Callable[[str, Row], float | None]
-    """Quality of a response in [0, 1]; `None` when it cannot be judged. Expects a row that passes `check`."""
+    reward: Callable[[str, Row], float | None] | None
+    """Quality of a response in [0, 1] by a rule; `None` when it cannot be judged. Expects a row that passes `check`.
+    A task without a rule (`None`) takes its quality from `reward.kind` of the recipe: reference similarity or a model.
+    """
+    public: PublicSet | None = None
+    """The public data set of the same form."""
+    answer: Callable[[str], tuple[int, int] | None] | None = None
+    """Where the answer stands in a response, as start and end; `None` when it holds none. A task without the function
+    has responses that are all answer."""

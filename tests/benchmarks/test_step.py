@@ -16,7 +16,7 @@ from dqo.bundled import bundled_models
 from dqo.embedding import ResponseEncoder
 from dqo.policy import default_device, load_tokenizer, trainable
 from dqo.recipe import load
-from dqo.stages.rl import TaskReward
+from dqo.rewards import RuleReward, TrlReward
 from dqo.stages.training import configuration
 from dqo.tasks import get_task
 from dqo.trainer import DQOTrainer
@@ -67,7 +67,7 @@ def test_step_times(tmp_path, pytestconfig):
         args.measure_diversity = False
         return DQOTrainer(
             args=args, model=trainable(recipe.policy, default_device(), None), encoder=encoder,
-            reward_funcs=TaskReward(task), train_dataset=data, processing_class=tokenizer,
+            reward_funcs=TrlReward(RuleReward(task), task), train_dataset=data, processing_class=tokenizer,
         )  # fmt: skip
 
     def stock():
@@ -80,7 +80,7 @@ def test_step_times(tmp_path, pytestconfig):
         # float32 without checkpointing is the kindest to stock TRL here: its bf16 autocast generates more slowly.
         policy = recipe.policy.model_copy(update={"dtype": "float32"})
         return GRPOTrainer(
-            args=args, model=trainable(policy, default_device(), None), reward_funcs=TaskReward(task),
+            args=args, model=trainable(policy, default_device(), None), reward_funcs=TrlReward(RuleReward(task), task),
             train_dataset=data, processing_class=tokenizer,
         )  # fmt: skip
 

@@ -323,7 +323,7 @@ def test_unreachable_hub_names_the_offline_way(tmp_path, tokenizer):
         "data.source 'hub:nobody/nothing@v1, subset easy, split train': the Hugging Face hub cannot"
     )
     assert "HF_HUB_OFFLINE" in message
-    assert "to work offline, the path of a local .jsonl or .parquet file as data.source" in message
+    assert "offline, take 'bundled' or the path of a local .jsonl or .parquet file as data.source" in message
 
 
 SOURCES = "expected 'bundled', the path of a .jsonl or .parquet file, or hub:<dataset id>"

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 
 from dqo.errors import DQOError
-from dqo.stages.rl import TaskReward
+from dqo.rewards import RuleReward, TrlReward
 from dqo.tasks.story import STORY
 
-COLUMNS = {"references": [["A dog ran."], ["It rained."]], "concepts": [["dog"], ["rain"]]}
+COLUMNS = {"prompts": ["p", "q"], "references": [["A dog ran."], ["It rained."]], "concepts": [["dog"], ["rain"]]}
 
 
-def reward(function: Callable[[str, Any], Any]) -> TaskReward:
-    return TaskReward(replace(STORY, reward=function))
+def reward(function: Callable[[str, Any], Any]) -> TrlReward:
+    task = replace(STORY, reward=function)
+    return TrlReward(RuleReward(task), task)
 
 
 def scored(value: Any, completions: list[Any] = ["one", "two"]) -> list[Any]:  # noqa: B006
@@ -36,7 +37,7 @@ def test_a_value_that_is_no_finite_number_is_refused_with_the_response(value: An
     with pytest.raises(DQOError) as caught:
         scored(value, ["A dog ran."])
     message = str(caught.value)
-    assert message.startswith("reward of task 'story': ")
+    assert message.startswith("reward 'story_reward': ")
     assert f"got {value!r} for the response 'A dog ran.'" in message
     assert "expected a finite number, or None" in message
 
@@ -58,11 +59,11 @@ def test_strings_and_message_lists_are_scored_by_their_last_text():
 
 def test_each_response_is_scored_against_the_row_of_its_own_index():
     rows = []
-    columns = COLUMNS | {"prompts": ["p", "q"], "completion_ids": [[1], [2]], "trainer_state": None}
+    columns = COLUMNS | {"completion_ids": [[1], [2]], "trainer_state": None}
     reward(lambda text, row: rows.append((text, dict(row))))(["one", "two"], **columns)
     assert rows == [
-        ("one", {"references": ["A dog ran."], "concepts": ["dog"]}),
-        ("two", {"references": ["It rained."], "concepts": ["rain"]}),
+        ("one", {"prompt": "p", "references": ["A dog ran."], "concepts": ["dog"]}),
+        ("two", {"prompt": "q", "references": ["It rained."], "concepts": ["rain"]}),
     ]
 
 
@@ -71,5 +72,5 @@ def test_the_storys_own_reward_is_what_trl_gets():
     rows = [{name: values[index] for name, values in COLUMNS.items()} for index in range(2)]
     expected = [STORY.reward(response, row) for response, row in zip(responses, rows, strict=True)]
     assert expected[0] != expected[1]
-    assert TaskReward(STORY)(responses, **COLUMNS) == expected
-    assert TaskReward(STORY).__name__ == "story_reward"
+    assert TrlReward(RuleReward(STORY), STORY)(responses, **COLUMNS) == expected
+    assert TrlReward(RuleReward(STORY), STORY).__name__ == "story_reward"
