@@ -109,6 +109,31 @@ def group_advantages(
     return quality + (alpha * (bonus - baseline)).where(earning, 0.0)
 
 
+def weighted(rewards: Tensor, share: Tensor, alpha: float) -> Tensor:
+    """Multiply rewards by a diversity share instead of adding a bonus: `r (1 - alpha (1 - share))`.
+
+    With alpha = 1 this is DARLING's reward times share and DRA-GRPO's reward over one plus the similarities; with the
+    share of `likelihood` and alpha = beta it is that of "rewarding the unlikely" [all second hand]. It estimates no
+    gradient of a group objective: a member's weight moves with what the others say.
+
+    Args:
+        rewards: Shape `(groups, k)`, not negative (a share would make a bad response better); NaN stays NaN.
+        share: Shape `(groups, k)`, in [0, 1].
+        alpha: In [0, 1]; 0 leaves the rewards as they are.
+
+    Returns:
+        Shape `(groups, k)`, to be turned into advantages without a bonus.
+
+    Raises:
+        ValueError: If a reward is negative or alpha is not in [0, 1].
+    """
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha must be in [0, 1] to multiply rewards, got {alpha}")
+    if (rewards < 0).any():
+        raise ValueError(f"rewards must not be negative to be multiplied by a share, got {rewards.nan_to_num().min()}")
+    return rewards * (1 - alpha * (1 - share))
+
+
 def _std(deviations: Tensor, members: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """Standard deviation with Bessel's correction from deviations that are zero for members that do not count."""
     return (deviations.square().sum(dim, keepdim=True) / (members - 1).clamp(min=1)).sqrt()

@@ -1,13 +1,20 @@
-"""Who earns a bonus: conditions against raising the diversity of a group without its quality (docs/method.md).
+"""Who earns a bonus, and for which words: conditions against raising the diversity of a group without its quality.
 
 A response that earns none leaves the kernel, so that it neither gains by differing nor makes others look alike or
-unlike, and its advantage is that of its quality alone.
+unlike, and its advantage is that of its quality alone (docs/method.md).
 """
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
+
+# A reasoning model's thoughts; without an end mark they never ended.
+_REASONING = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
+
+Embedded = Literal["response", "through_answer", "answer"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +26,7 @@ class Defences:
         quality_gate: Who has to reach it: each `member` for itself, or one member for its whole `group`, so that a
             group of nothing but wrong answers does not learn to differ.
         drop_truncated: A response that was cut at the token limit earns none.
+        max_tokens: Longer responses earn none.
         min_prompt_similarity: Cosine similarity of prompt and response, as the encoder sees them, that has to be
             reached; text in another language or without sense is far from every prompt.
     """
@@ -26,30 +34,66 @@ class Defences:
     min_quality: float | None = None
     quality_gate: Literal["member", "group"] = "member"
     drop_truncated: bool = False
+    max_tokens: int | None = None
     min_prompt_similarity: float | None = None
 
-    def earns(self, rewards: Tensor, truncated: Tensor, similarity: Tensor | None) -> Tensor:
-        """Say which members earn a bonus.
+    def failed(
+        self, rewards: Tensor, truncated: Tensor, tokens: Tensor, similarity: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Say which members fail which condition.
 
         Args:
-            rewards: Shape `(groups, k)`; NaN where a response could not be scored, which never earns one.
+            rewards: Shape `(groups, k)`; NaN where a response could not be scored, which never earns a bonus.
             truncated: Responses that were cut, boolean, shape `(groups, k)`.
+            tokens: Length of each response in tokens, shape `(groups, k)`.
             similarity: Cosine similarity to the prompt, shape `(groups, k)`; needed for `min_prompt_similarity`.
 
         Returns:
-            Boolean, shape `(groups, k)`.
+            For `unscorable` and each condition that is set, by its name: boolean, shape `(groups, k)`.
 
         Raises:
             ValueError: If `min_prompt_similarity` is set and no similarity is given.
         """
-        earning = ~rewards.isnan()
+        found = {"unscorable": rewards.isnan()}
         if self.min_quality is not None:
             reached = rewards >= self.min_quality  # false for NaN
-            earning = earning & (reached if self.quality_gate == "member" else reached.any(1, keepdim=True))
+            if self.quality_gate == "group":
+                reached = reached.any(1, keepdim=True).expand_as(rewards)
+            found["min_quality"] = ~reached
         if self.drop_truncated:
-            earning = earning & ~truncated
+            found["drop_truncated"] = truncated
+        if self.max_tokens is not None:
+            found["max_tokens"] = tokens > self.max_tokens
         if self.min_prompt_similarity is not None:
             if similarity is None:
                 raise ValueError("min_prompt_similarity is set, but no similarity was given")
-            earning = earning & (similarity >= self.min_prompt_similarity)
-        return earning
+            found["min_prompt_similarity"] = similarity < self.min_prompt_similarity
+        return found
+
+
+def embedded_text(
+    embed: Embedded, strip_reasoning: bool, answer: Callable[[str], tuple[int, int] | None] | None
+) -> Callable[[str], str | None]:
+    """Return the function that picks the words of a response whose meaning counts.
+
+    Args:
+        embed: `response`: all of it; `through_answer`: up to the end of its answer, so that what is appended to a right
+            answer gains nothing; `answer`: the answer alone, so that different ways to one answer count as the same.
+        strip_reasoning: Whether `<think>...</think>` is left out first.
+        answer: Where the answer stands in a response (`dqo.tasks.Task.answer`); `None` takes all of it.
+
+    Returns:
+        Response -> text to embed; `None` when no answer is found or nothing is left, for which no bonus is earned.
+    """
+
+    def pick(response: str) -> str | None:
+        text = _REASONING.sub("", response) if strip_reasoning else response
+        if embed != "response" and answer is not None:
+            found = answer(text)
+            if found is None:
+                return None
+            start, end = found
+            text = text[:end] if embed == "through_answer" else text[start:end]
+        return text if text.strip() or text == response else None
+
+    return pick

@@ -1,10 +1,11 @@
 r"""Group scores: what each response adds to the variety of its group, behind one interface.
 
 The method's own score is the log-volume (`dqo.determinant`). The others are those it is compared with, in leave-one-out
-or per-member form, so that like is compared with like: each takes a group's unit-norm embeddings and says what every
-member contributes. All are pure torch, batched over groups and free of Python loops.
+or per-member form, so that like is compared with like: each takes groups of responses, as unit-norm embeddings or as
+log-likelihoods under the policy, and says what every member contributes. All are pure torch, batched over groups and
+free of Python loops.
 
-With L the Gram matrix of the m counted members' embeddings, for member i:
+With L the Gram matrix of the m counted members' embeddings and l_i = log pi(y_i | x), for member i:
 
 | name | bonus of member i | of | range |
 |---|---|---|---|
@@ -13,18 +14,30 @@ With L the Gram matrix of the m counted members' embeddings, for member i:
 | `cosine_distance` | mean over j != i of 1 - L[i, j] | pairwise distance | [0, 2] |
 | `vendi` | V(L) - V(L_{-i}), V the exp of the eigenvalues' entropy | Vendi score (arXiv 2210.02410) | see below |
 | `distinct` | share of the others that mean something else | DARLING (arXiv 2509.02534) | [0, 1] |
+| `similarity` | 1 / (1 + sum over j != i of max(0, L[i, j])) | DRA-GRPO (arXiv 2505.09655) | [1/m, 1] |
+| `likelihood` | share of the others that are more likely, ties half | likelihood rank (arXiv 2506.02355) | [0, 1] |
+| `entropy` | -l_i | entropy bonus | [0, inf) |
 
-The forms of DQO, RepExp and DARLING are [second hand]. `elliptical` is exp(b_i) - 1 of the log-volume's bonus b_i
-[derived], so it orders members of one group alike and weighs the odd one out more. `distinct` puts two responses into
-one class when a chain of similarities of at least the threshold links them; DARLING asks a trained classifier instead,
-and multiplies the reward by the share [second hand], where here it is added like every other score [ours]. `vendi` may
-be slightly negative: a response that repeats the most frequent meaning makes the group less even. It is 1 for every
-member of a group of orthogonal ones [derived]; no general bound was proven.
+The forms of DQO, RepExp, DARLING, DRA-GRPO and the likelihood rank are [second hand]. `elliptical` is exp(b_i) - 1 of
+the log-volume's bonus b_i [derived], so it orders members of one group alike and weighs the odd one out more.
+`distinct` puts two responses into one class when a chain of similarities of at least the threshold links them; DARLING
+asks a trained classifier instead [second hand]. `vendi` may be slightly negative: a response that repeats the most
+frequent meaning makes the group less even. It is 1 for every member of a group of orthogonal ones [derived]; no general
+bound was proven.
+
+DARLING multiplies the reward by the share, DRA-GRPO divides it by one plus the similarities, and "rewarding the
+unlikely" multiplies it by 1 - beta (1 - rank / k) with rank k for the least likely [second hand]. With `combine:
+multiply` (`dqo.advantage.weighted`) the first two are alpha = 1; the third is alpha = beta, but for the rank being
+counted among the others, from 0 to 1 [ours]. With `combine: add` all are compared with the volume on equal terms.
+
+`entropy` is the exact estimator of the gradient of the response's entropy: grad E[-l] = E[-l grad l], because E[grad l]
+is 0 [derived]. It grows with length, as the entropy of a sequence does.
 
 Masked members leave the group: they get 0 and change nobody's bonus. A member alone in its group has `log_volume`
 log 2, `elliptical` and `vendi` 1, and 0 for what is relative to others.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,7 +46,21 @@ from torch import Tensor
 
 from dqo.determinant import leave_one_out_bonus
 
-Bonus = Callable[[Tensor, Tensor | None], Tensor]
+
+@dataclass(frozen=True)
+class Group:
+    """Responses to one prompt or, with leading dimensions, to many.
+
+    Attributes:
+        embeddings: Unit-norm response embeddings, shape `(..., k, d)`.
+        mask: Members that count, boolean, shape `(..., k)`; `None` counts all.
+        log_likelihood: log pi(y_i | x) under the policy that sampled them, in nats, shape `(..., k)`; for `likelihood`
+            and `entropy` only.
+    """
+
+    embeddings: Tensor
+    mask: Tensor | None = None
+    log_likelihood: Tensor | None = None
 
 
 def _gram(embeddings: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -148,17 +175,73 @@ def distinct_bonus(embeddings: Tensor, mask: Tensor | None = None, threshold: fl
     return torch.where(counted, (members - linked.sum(-1)) / (members - 1).clamp(min=1), 0.0)
 
 
+def similarity_bonus(embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
+    """One over one plus the summed cosine similarity of each member to the others; opposites count as unrelated.
+
+    Args:
+        embeddings: Unit-norm response embeddings, shape `(..., k, d)`.
+        mask: Members that count, boolean, shape `(..., k)`; `None` counts all.
+
+    Returns:
+        Shape `(..., k)`, in [1/m, 1]; 0 for masked members.
+
+    Raises:
+        ValueError: If a shape does not fit.
+
+    Source: DRA-GRPO (arXiv 2505.09655) [second hand]; leaving opposites out is ours.
+    """
+    gram, counted = _gram(embeddings, mask)
+    similarity = gram.clamp(min=0.0)
+    others = similarity.sum(-1) - similarity.diagonal(dim1=-2, dim2=-1)
+    return torch.where(counted, 1 / (1 + others), 0.0)
+
+
+def unlikeliness(log_likelihood: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Share of the other members that the policy finds more likely, ties counted half: 1 for the least likely.
+
+    Args:
+        log_likelihood: log pi(y_i | x) in nats, shape `(..., k)`.
+        mask: Members that count, boolean, shape `(..., k)`; `None` counts all.
+
+    Returns:
+        Shape `(..., k)`, in [0, 1]; 0 for masked members and for a member alone.
+
+    Source: the rank of He et al., 2025 (arXiv 2506.02355) [second hand], counted among the others.
+    """
+    counted = torch.ones_like(log_likelihood, dtype=torch.bool) if mask is None else mask.bool()
+    own, other = log_likelihood.unsqueeze(-1), log_likelihood.unsqueeze(-2)
+    k = log_likelihood.shape[-1]
+    pairs = counted.unsqueeze(-2) & ~torch.eye(k, dtype=torch.bool, device=log_likelihood.device)
+    behind = (other > own).to(log_likelihood.dtype) + 0.5 * (other == own).to(log_likelihood.dtype)
+    share = torch.where(pairs, behind, 0.0).sum(-1) / (counted.sum(-1, keepdim=True) - 1).clamp(min=1)
+    return torch.where(counted, share, 0.0)
+
+
+def _likelihood(group: Group) -> Tensor:
+    if group.log_likelihood is None:
+        raise ValueError("log_likelihood must be given for this score")
+    return group.log_likelihood
+
+
+def _surprise(group: Group) -> Tensor:
+    surprise = -_likelihood(group)
+    return surprise if group.mask is None else surprise.where(group.mask.bool(), 0.0)
+
+
 @dataclass(frozen=True)
 class GroupScore:
     """A way to reward variety within a group.
 
     Attributes:
-        middle: A constant near the middle of the bonus's range, the baseline where no other group is there.
-        bonus: `(embeddings (..., k, d), mask (..., k)) -> (..., k)`.
+        middle: A constant near the middle of the bonus's range, the baseline where no other group is there; 0 for
+            `entropy`, which has no upper bound.
+        bonus: What each member contributes, shape `(..., k)`; 0 for masked members.
+        of_likelihood: Whether it asks for `Group.log_likelihood`.
     """
 
     middle: float
-    bonus: Bonus
+    bonus: Callable[[Group], Tensor]
+    of_likelihood: bool = False
 
 
 def group_score(name: str, k: int, kernel_scale: float = 1.0, threshold: float = 0.9) -> GroupScore:
@@ -173,17 +256,25 @@ def group_score(name: str, k: int, kernel_scale: float = 1.0, threshold: float =
     Raises:
         ValueError: If there is no such score.
     """
-    one = torch.ones((), dtype=torch.float64)
     match name:
         case "log_volume":
-            middle = (torch.log1p(one / k) + torch.log(2 * one)).item() / 2
-            return GroupScore(middle, lambda e, m: leave_one_out_bonus(e, m, kernel_scale))
+            middle = (math.log1p(1 / k) + math.log(2)) / 2
+            return GroupScore(middle, lambda g: leave_one_out_bonus(g.embeddings, g.mask, kernel_scale))
         case "elliptical":
-            return GroupScore((1 / k + 1) / 2, lambda e, m: elliptical_bonus(e, m, kernel_scale))
+            return GroupScore((1 / k + 1) / 2, lambda g: elliptical_bonus(g.embeddings, g.mask, kernel_scale))
         case "cosine_distance":
-            return GroupScore(0.5, cosine_bonus)
+            return GroupScore(0.5, lambda g: cosine_bonus(g.embeddings, g.mask))
         case "vendi":
-            return GroupScore(0.5, vendi_bonus)
+            return GroupScore(0.5, lambda g: vendi_bonus(g.embeddings, g.mask))
         case "distinct":
-            return GroupScore(0.5, lambda e, m: distinct_bonus(e, m, threshold))
-    raise ValueError(f"group score: got {name!r}; expected log_volume, elliptical, cosine_distance, vendi or distinct")
+            return GroupScore(0.5, lambda g: distinct_bonus(g.embeddings, g.mask, threshold))
+        case "similarity":
+            return GroupScore((1 / k + 1) / 2, lambda g: similarity_bonus(g.embeddings, g.mask))
+        case "likelihood":
+            return GroupScore(0.5, lambda g: unlikeliness(_likelihood(g), g.mask), of_likelihood=True)
+        case "entropy":
+            return GroupScore(0.0, _surprise, of_likelihood=True)
+    raise ValueError(
+        f"group score: got {name!r}; expected log_volume, elliptical, cosine_distance, vendi, distinct, similarity, "
+        "likelihood or entropy"
+    )

@@ -24,6 +24,11 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 DiversityMetric = Literal[
     "distinct_1", "distinct_2", "distinct_4", "self_bleu_diversity", "cosine_distance", "log_volume", "vendi_score"
 ]
+Score = Literal[
+    "log_volume", "elliptical", "cosine_distance", "vendi", "distinct", "similarity", "likelihood", "entropy"
+]
+SHARES = ("distinct", "similarity", "likelihood")
+"""Scores in [0, 1] that a reward can be multiplied by."""
 
 UNGROUPED = 2
 """Rows a prompt in SFT without rollouts: a group is only the trainer's way to count then, and two is the least."""
@@ -133,8 +138,20 @@ class Defences(_Section):
     """Whether each response has to reach `min_quality`, or one of its group for all."""
     drop_truncated: bool = False
     """Whether responses that were cut at the token limit earn none."""
+    max_tokens: Positive | None = None
+    """Longer responses earn none; `null` asks for nothing."""
     min_prompt_similarity: Annotated[float, Field(ge=-1.0, le=1.0)] | None = None
     """Cosine similarity of prompt and response that has to be reached; `null` asks for none."""
+    embed: Literal["response", "through_answer", "answer"] = "response"
+    """What of a response is embedded in training: all of it, what stands up to the end of its answer, or the answer
+    alone; where no answer is found, no bonus is earned. Evaluation always embeds the whole response."""
+    strip_reasoning: bool = False
+    """Whether `<think>...</think>` is left out before embedding."""
+
+    @property
+    def conditional(self) -> bool:
+        """Whether some responses may earn no bonus."""
+        return self != Defences(quality_gate=self.quality_gate)
 
 
 class Method(_Section):
@@ -150,9 +167,12 @@ class Method(_Section):
     quality_scale: Literal["none", "group", "batch"] = "none"
     """Divide the quality advantage by the standard deviation of the group or of the batch. The bonus is never
     divided: alpha would cancel where qualities tie."""
-    score: Literal["log_volume", "elliptical", "cosine_distance", "vendi", "distinct"] = "log_volume"
+    score: Score = "log_volume"
     """What alpha weighs (docs/method.md): the method's `log_volume`, or one that it is compared with. The bonus is then
     in that score's unit, and so is alpha."""
+    combine: Literal["add", "multiply"] = "add"
+    """`add`: quality plus alpha times the bonus; `multiply`: quality times 1 - alpha (1 - bonus), as DARLING, DRA-GRPO
+    and "rewarding the unlikely" do, for the scores that are shares: `distinct`, `similarity`, `likelihood`."""
     distinct_threshold: Annotated[float, Field(gt=-1.0, le=1.0)] = 0.9
     """Cosine similarity from which two responses mean the same; of the score `distinct` only."""
     kernel_scale: Annotated[float, Field(gt=0.0, le=30.0)] = 1.0
@@ -162,6 +182,22 @@ class Method(_Section):
     """Conditions on a response that earns a bonus."""
     baselines: list[Literal["reward_only"]] = ["reward_only"]
     """Variants trained beside `dqo` from the same SFT checkpoint, with everything but the objective equal."""
+
+    @model_validator(mode="after")
+    def _shares_multiply(self) -> "Method":
+        if self.combine == "add":
+            return self
+        if self.score not in SHARES:
+            raise ValueError(
+                f"combine 'multiply' needs a score that is a share: {', '.join(SHARES)}; got {self.score!r}"
+            )
+        if self.alpha > 1:
+            raise ValueError(f"combine 'multiply' needs alpha in [0, 1], got {self.alpha:g}")
+        if self.defences.conditional:
+            raise ValueError(
+                "combine 'multiply' has no bonus that a response could fail to earn; expected no defences, or 'add'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _paper_is_unscaled(self) -> "Method":

@@ -8,7 +8,7 @@ embeddings are gathered over all processes before any group is formed, so a grou
 scored whole.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,14 +22,14 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import RepeatSampler
 
 from dqo import generation
-from dqo.advantage import group_advantages
+from dqo.advantage import group_advantages, weighted
 from dqo.data import Demonstration
 from dqo.defences import Defences
 from dqo.determinant import log_volume
-from dqo.diversity import group_score
+from dqo.diversity import Group, group_score
 from dqo.embedding import ResponseEncoder
 from dqo.errors import DQOError
-from dqo.recipe import Sampling
+from dqo.recipe import SHARES, Sampling
 from dqo.shared_prompt import add_shared_prompt_forward
 
 
@@ -41,8 +41,12 @@ class DQOConfig(GRPOConfig):
     advantage: Literal["paper", "centred", "decoupled"] = field(
         default="decoupled", metadata={"help": "How the bonus enters the advantage; see dqo.advantage."}
     )
-    score: Literal["log_volume", "elliptical", "cosine_distance", "vendi", "distinct"] = field(
-        default="log_volume", metadata={"help": "What alpha weighs; see dqo.diversity. DQO is log_volume."}
+    score: Literal[
+        "log_volume", "elliptical", "cosine_distance", "vendi", "distinct", "similarity", "likelihood", "entropy"
+    ] = field(default="log_volume", metadata={"help": "What alpha weighs; see dqo.diversity. DQO is log_volume."})
+    combine: Literal["add", "multiply"] = field(
+        default="add",
+        metadata={"help": "Whether the bonus is added to the quality or multiplies it; see dqo.advantage."},
     )
     kernel_scale: float = field(default=1.0, metadata={"help": "Factor on the embeddings."})
     min_quality: float | None = field(default=None, metadata={"help": "Reward below which no bonus is earned."})
@@ -50,6 +54,7 @@ class DQOConfig(GRPOConfig):
         default="member", metadata={"help": "Whether each member has to reach min_quality, or one of its group."}
     )
     drop_truncated: bool = field(default=False, metadata={"help": "Truncated responses earn no bonus."})
+    max_tokens: int | None = field(default=None, metadata={"help": "Longer responses earn no bonus."})
     min_prompt_similarity: float | None = field(
         default=None, metadata={"help": "Cosine similarity of prompt and response below which no bonus is earned."}
     )
@@ -78,6 +83,8 @@ class DQOConfig(GRPOConfig):
                 f"advantage 'paper' is r + alpha * b as it stands; scale_rewards must be 'none', got "
                 f"{self.scale_rewards!r}"
             )
+        if self.combine == "multiply" and self.score not in SHARES:
+            raise ValueError(f"combine 'multiply' needs a score in {SHARES}, got {self.score!r}")
 
 
 class _EpochSampler(RepeatSampler):
@@ -105,6 +112,8 @@ class DQOTrainer(GRPOTrainer):
         encoder: Frozen sentence encoder; needed unless `alpha` is 0 and diversity is not measured.
         args: Configuration.
         reward_funcs: TRL reward functions; none for `quality="demonstration"`.
+        embedded_text: Picks the words of a response that are embedded, `None` for one that earns no bonus; the whole
+            response by default. See `dqo.defences.embedded_text`.
         kwargs: Everything else that `GRPOTrainer` takes. For `quality="demonstration"` the data set has a column
             `demonstrations`: per row a list of `{"input_ids", "labels"}` (see `dqo.data.encode_demonstration`).
     """
@@ -117,6 +126,7 @@ class DQOTrainer(GRPOTrainer):
         args: DQOConfig,
         encoder: ResponseEncoder | None = None,
         reward_funcs: Any = None,
+        embedded_text: Callable[[str], str | None] = str,
         **kwargs: Any,
     ) -> None:
         if args.quality == "demonstration":
@@ -124,6 +134,7 @@ class DQOTrainer(GRPOTrainer):
                 raise ValueError("quality='demonstration' takes no reward functions")
             reward_funcs = _no_reward
         self.encoder = encoder
+        self._embedded_text = embedded_text
         self._embeds = args.alpha > 0 or (args.measure_diversity and args.quality == "reward")
         if self._embeds and encoder is None:
             raise ValueError("an encoder is needed for alpha > 0 and for measuring diversity")
@@ -142,9 +153,13 @@ class DQOTrainer(GRPOTrainer):
             raise ValueError(f"quality='demonstration' needs temperature 1.0 for this model, got {args.temperature}")
         self._gathered_rewards = torch.empty(0)
         self._gathered_embeddings = torch.empty(0)
+        self._gathered_unembedded = torch.empty(0, dtype=torch.bool)
         self._gathered_truncated = torch.empty(0, dtype=torch.bool)
+        self._gathered_tokens = torch.empty(0, dtype=torch.long)
         self._gathered_similarity: Tensor | None = None
-        self._defences = Defences(args.min_quality, args.quality_gate, args.drop_truncated, args.min_prompt_similarity)
+        self._defences = Defences(
+            args.min_quality, args.quality_gate, args.drop_truncated, args.max_tokens, args.min_prompt_similarity
+        )
         self._encoder_cut_share = 0.0
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
@@ -206,16 +221,20 @@ class DQOTrainer(GRPOTrainer):
         self._gathered_rewards = rewards
         if self._embeds:
             assert self.encoder is not None
-            embedded = self.encoder([_text(completion) for completion in completions])
+            device, gather = self.accelerator.device, self.accelerator.gather
+            picked = [self._embedded_text(_text(completion)) for completion in completions]
+            embedded = self.encoder([text or "" for text in picked])
             self._encoder_cut_share = embedded.cut_share
-            vectors = embedded.vectors.to(self.accelerator.device)
+            vectors = embedded.vectors.to(device)
             # k x d floats a group are cheap to move; similarities of a part of a group are not a part of its volume.
-            self._gathered_embeddings = self.accelerator.gather(vectors)
+            self._gathered_embeddings = gather(vectors)
+            self._gathered_unembedded = gather(torch.tensor([text is None for text in picked], device=device))
             cut = [not ids or ids[-1] not in self.eos_token_ids for ids in completion_ids_list]
-            self._gathered_truncated = self.accelerator.gather(torch.tensor(cut, device=vectors.device))
+            self._gathered_truncated = gather(torch.tensor(cut, device=device))
+            self._gathered_tokens = gather(torch.tensor([len(ids) for ids in completion_ids_list], device=device))
             if self.args.min_prompt_similarity is not None:
-                asked = self.encoder([_text(prompt) for prompt in prompts]).vectors.to(vectors.device)
-                self._gathered_similarity = self.accelerator.gather((asked * vectors).sum(-1))
+                asked = self.encoder([_text(prompt) for prompt in prompts]).vectors.to(device)
+                self._gathered_similarity = gather((asked * vectors).sum(-1))
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -229,40 +248,73 @@ class DQOTrainer(GRPOTrainer):
         weights = self.reward_weights.to(self._gathered_rewards.device)
         unscorable = torch.isnan(self._gathered_rewards).all(dim=1)
         rewards = (self._gathered_rewards * weights).nansum(dim=1).masked_fill(unscorable, torch.nan).view(-1, k)
-        mask = ~unscorable.view(-1, k)
+        failed = {"unscorable": unscorable.view(-1, k)}
         score = group_score(self.args.score, k, self.args.kernel_scale, self.args.distinct_threshold)
+        volume = None
         if self._embeds:
             embeddings = self._gathered_embeddings.view(-1, k, self._gathered_embeddings.shape[-1])
             similarity = self._gathered_similarity
-            earns = self._defences.earns(
-                rewards, self._gathered_truncated.view(-1, k), None if similarity is None else similarity.view(-1, k)
-            )
-            bonus = score.bonus(embeddings, earns)
-            volume = log_volume(embeddings, mask, self.args.kernel_scale)
-        else:
-            bonus, volume, earns = torch.zeros_like(rewards), None, mask
+            failed = self._defences.failed(
+                rewards,
+                self._gathered_truncated.view(-1, k),
+                self._gathered_tokens.view(-1, k),
+                None if similarity is None else similarity.view(-1, k),
+            ) | {"no_answer": self._gathered_unembedded.view(-1, k)}
+            volume = log_volume(embeddings, ~(failed["unscorable"] | failed["no_answer"]), self.args.kernel_scale)
+        earns = ~torch.stack(list(failed.values())).any(0)
+        bonus = torch.zeros_like(rewards)
+        if self._embeds:
+            likelihood = self._log_likelihood(output).view(-1, k) if score.of_likelihood else None
+            bonus = score.bonus(Group(embeddings, earns, likelihood))
         scale: Any = self.args.scale_rewards
-        advantages = group_advantages(rewards, bonus, self.args.alpha, self.args.advantage, scale, score.middle, earns)
+        if self.args.combine == "multiply":
+            if (rewards < 0).any():
+                raise DQOError(
+                    f"method.combine 'multiply': the reward {rewards.nan_to_num().min().item():g} is negative, and a "
+                    "share would make it better; expected rewards of 0 and more, or combine 'add'"
+                )
+            product = weighted(rewards, bonus, self.args.alpha)
+            advantages = group_advantages(product, torch.zeros_like(bonus), 0.0, self.args.advantage, scale)
+        else:
+            advantages = group_advantages(
+                rewards, bonus, self.args.alpha, self.args.advantage, scale, score.middle, earns
+            )
         flat = advantages.flatten()
         start = self.accelerator.process_index * len(inputs)
         output["advantages"] = flat[start : start + len(inputs)]
-        self._log_group_metrics(mode, rewards, bonus, volume, mask, earns)
+        self._log_group_metrics(mode, rewards, bonus, volume, failed)
         logged: Any = self._logs["advantages"]  # TRL has put its own advantages there
         for index, value in enumerate(flat.tolist(), start=len(logged) - len(flat)):
             logged[index] = value
         return output | self._demonstrations(inputs) if demonstrates else output
 
+    def _log_likelihood(self, output: dict[str, Any]) -> Tensor:
+        """Return log pi(y | x) of the step's rollouts in nats, gathered over all processes, `(groups * k,)`."""
+        log_probs = output.get("old_per_token_logps")
+        if log_probs is None:
+            ids = torch.cat([output["prompt_ids"], output["completion_ids"]], 1)
+            mask = torch.cat([output["prompt_mask"], output["completion_mask"]], 1)
+            with torch.no_grad():
+                log_probs, _, _ = self._get_per_token_logps_and_entropies(
+                    self.model, ids, mask, output["completion_ids"].shape[1], self.args.per_device_train_batch_size
+                )
+        gathered: Tensor = self.accelerator.gather((log_probs * output["completion_mask"]).sum(-1))
+        return gathered
+
     def _log_group_metrics(
-        self, mode: str, rewards: Tensor, bonus: Tensor, volume: Tensor | None, mask: Tensor, earns: Tensor
+        self, mode: str, rewards: Tensor, bonus: Tensor, volume: Tensor | None, failed: dict[str, Tensor]
     ) -> None:
         metrics = self._metrics[mode]
+        scored = ~failed["unscorable"]
         if self.args.quality == "reward":
-            metrics["quality"].append(rewards[mask].mean().item())
-            metrics["unscorable_rate"].append((~mask).float().mean().item())
+            metrics["quality"].append(rewards[scored].mean().item())
+            metrics["unscorable_rate"].append((~scored).float().mean().item())
         if volume is not None:
-            metrics["bonus"].append(bonus[mask].mean().item())
-            metrics["no_bonus_rate"].append((~earns).float().mean().item())
-            metrics["log_volume"].append(volume[mask.any(1)].mean().item())
+            metrics["bonus"].append(bonus[scored].mean().item())
+            metrics["no_bonus_rate"].append(torch.stack(list(failed.values())).any(0).float().mean().item())
+            for reason in set(failed) - {"unscorable"}:
+                metrics[f"no_bonus_rate/{reason}"].append(failed[reason].float().mean().item())
+            metrics["log_volume"].append(volume[scored.any(1)].mean().item())
             metrics["encoder_cut_share"].append(self._encoder_cut_share)
         k = rewards.shape[1]
         texts = [" ".join(_text(completion).split()).casefold() for completion in self._logs["completion"]]

@@ -1,5 +1,6 @@
 """A DQO trainer whose rollouts are given by their place in the batch, so every process layout sees the same."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def build(
     reward_funcs: Any = reward,
     rows: list[dict[str, Any]] | None = None,
     accumulation: int = 1,
+    embedded_text: Callable[[str], str | None] = str,
     **settings: Any,
 ) -> DQOTrainer:
     """A trainer on the tiny models, float32."""
@@ -95,6 +97,7 @@ def build(
         model=trainable(spec, default_device(), None),
         encoder=ResponseEncoder(Encoder(model=str(encoder)), "cpu"),
         reward_funcs=reward_funcs,
+        embedded_text=embedded_text,
         train_dataset=Dataset.from_list(rows),
         processing_class=load_tokenizer(spec),
         callbacks=callbacks,

@@ -64,7 +64,7 @@ def run(context: Context, variant: str, data: Path, parent: Path, checkpoint: Pa
                 beta=recipe.rl.beta,
                 loss_type=recipe.rl.loss_type,
                 scale_rewards=recipe.method.quality_scale,
-                **recipe.method.defences.model_dump(),
+                **recipe.method.defences.model_dump(exclude={"embed", "strip_reasoning"}),
                 use_vllm=rollout.engine == "vllm",
                 vllm_mode=rollout.mode,
                 vllm_server_base_url=rollout.server_base_url,

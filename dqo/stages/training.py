@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from dqo.bundled import locate
 from dqo.data import DataCard
+from dqo.defences import embedded_text
 from dqo.embedding import ResponseEncoder
 from dqo.errors import DQOError
 from dqo.files import read_jsonl, write_jsonl
@@ -22,6 +23,7 @@ from dqo.policy import CheckpointCard, default_device, load_tokenizer, resolve_d
 from dqo.progress import Progress
 from dqo.recipe import Recipe, Rl, Sft
 from dqo.stages.context import Context, StageFolder, full_disk_message
+from dqo.tasks import get_task
 from dqo.tracking import Run
 from dqo.trainer import DQOConfig, DQOTrainer
 
@@ -36,6 +38,11 @@ _METRICS = {
     "truncation_rate": "truncation_rate",
     "unscorable_rate": "unscorable_rate",
     "no_bonus_rate": "no_bonus_rate",
+    "no_bonus_min_quality": "no_bonus_rate/min_quality",
+    "no_bonus_drop_truncated": "no_bonus_rate/drop_truncated",
+    "no_bonus_max_tokens": "no_bonus_rate/max_tokens",
+    "no_bonus_min_prompt_similarity": "no_bonus_rate/min_prompt_similarity",
+    "no_bonus_no_answer": "no_bonus_rate/no_answer",
     "encoder_cut_share": "encoder_cut_share",
     "mean_tokens": "mean_tokens",
     "demonstration_nll": "demonstration_nll",
@@ -96,6 +103,7 @@ def configuration(recipe: Recipe, section: Sft | Rl, folder: Path, **settings: A
         mask_truncated_completions=False,
         num_generations=k,
         score=recipe.method.score,
+        combine=recipe.method.combine,
         kernel_scale=recipe.method.kernel_scale,
         distinct_threshold=recipe.method.distinct_threshold,
         advantage=recipe.method.advantage,
@@ -222,6 +230,9 @@ def train(
             args=args,
             model=model,
             encoder=encoder,
+            embedded_text=embedded_text(
+                recipe.method.defences.embed, recipe.method.defences.strip_reasoning, get_task(recipe.task).answer
+            ),
             reward_funcs=reward,
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
@@ -295,8 +306,8 @@ def publish(folder: StageFolder, run: Run, destination: Path) -> None:
 def parameters(recipe: Recipe, args: DQOConfig) -> dict[str, Any]:
     """What MLflow's compare page shows of a training run."""
     names = (
-        "alpha", "advantage", "score", "kernel_scale", "num_generations", "max_steps", "learning_rate", "temperature",
-        "top_p", "max_completion_length", "beta", "loss_type", "scale_rewards", "seed", "bf16",
+        "alpha", "advantage", "score", "combine", "kernel_scale", "num_generations", "max_steps", "learning_rate",
+        "temperature", "top_p", "max_completion_length", "beta", "loss_type", "scale_rewards", "seed", "bf16",
         "per_device_train_batch_size", "gradient_accumulation_steps",
     )  # fmt: skip
     return {

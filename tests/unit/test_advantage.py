@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dqo.advantage import group_advantages
+from dqo.advantage import group_advantages, weighted
 from dqo.determinant import leave_one_out_bonus
+from dqo.diversity import similarity_bonus
 
 ALPHA = 0.7
 
@@ -285,3 +286,27 @@ def test_inputs_stay_as_they_were() -> None:
 def test_misuse_is_named(shapes: tuple, form: str, quality_scale: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         group_advantages(torch.zeros(shapes[0]), torch.zeros(shapes[1]), 1.0, form, quality_scale)
+
+
+def test_weighted_is_each_papers_product():
+    rewards = torch.tensor([[1.0, 0.5, math.nan, 0.0]], dtype=torch.float64)
+    share = torch.tensor([[0.2, 1.0, 0.5, 0.7]], dtype=torch.float64)
+    darling = weighted(rewards, share, 1.0)[0].tolist()
+    assert darling[:2] == pytest.approx([0.2, 0.5]) and math.isnan(darling[2]) and darling[3] == 0.0
+    # Rewarding the unlikely: r (1 - beta (1 - share)).
+    assert weighted(rewards, share, 0.25)[0, :2].tolist() == pytest.approx([1 - 0.25 * 0.8, 0.5])
+    # DRA-GRPO: r / (1 + sum of similarities to the others).
+    angle = torch.tensor([0.0, 0.4, 1.1, 2.8], dtype=torch.float64)
+    vectors = torch.stack([angle.cos(), angle.sin()], -1)
+    similarities = [sum(max(0.0, math.cos(a - b)) for b in angle.tolist()) - 1 for a in angle.tolist()]
+    got = weighted(torch.full((1, 4), 0.8, dtype=torch.float64), similarity_bonus(vectors)[None], 1.0)[0].tolist()
+    assert got == pytest.approx([0.8 / (1 + one) for one in similarities])
+    assert weighted(rewards, share, 0.0)[0, :2].tolist() == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("alpha", "reward", "message"), [(1.1, 0.5, "alpha must be in"), (0.5, -0.1, "not be negative")]
+)
+def test_weighted_refuses_what_turns_around(alpha: float, reward: float, message: str):
+    with pytest.raises(ValueError, match=message):
+        weighted(torch.full((1, 2), reward), torch.ones(1, 2), alpha)

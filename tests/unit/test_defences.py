@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -10,13 +11,20 @@ from scripted import ScriptedTrainer, build, reward
 from torch import Tensor
 
 from dqo.advantage import group_advantages
-from dqo.defences import Defences
+from dqo.defences import Defences, embedded_text
 from dqo.determinant import leave_one_out_bonus
+from dqo.embedding import ResponseEncoder
+from dqo.recipe import Encoder
 
 NAN = math.nan
 REWARDS = torch.tensor([[1.0, 0.2, NAN, 0.5], [0.1, 0.2, 0.3, 0.4]])
 CUT = torch.tensor([[False, True, False, False], [False, False, True, False]])
+TOKENS = torch.tensor([[5, 9, 7, 3], [12, 2, 8, 4]])
 SIMILARITY = torch.tensor([[0.9, 0.8, 0.7, 0.1], [0.3, 0.2, 0.9, 0.6]])
+
+
+def earns(defences: Defences, rewards: Tensor, cut: Tensor, tokens: Tensor, similarity: Tensor | None) -> Tensor:
+    return ~torch.stack(list(defences.failed(rewards, cut, tokens, similarity).values())).any(0)
 
 
 @pytest.mark.parametrize(
@@ -26,17 +34,28 @@ SIMILARITY = torch.tensor([[0.9, 0.8, 0.7, 0.1], [0.3, 0.2, 0.9, 0.6]])
         (Defences(min_quality=0.5), [[1, 0, 0, 1], [0, 0, 0, 0]]),
         (Defences(min_quality=0.5, quality_gate="group"), [[1, 1, 0, 1], [0, 0, 0, 0]]),
         (Defences(drop_truncated=True), [[1, 0, 0, 1], [1, 1, 0, 1]]),
+        (Defences(max_tokens=7), [[1, 0, 0, 1], [0, 1, 0, 1]]),
         (Defences(min_prompt_similarity=0.3), [[1, 1, 0, 0], [1, 0, 1, 1]]),
         (Defences(min_quality=0.2, drop_truncated=True, min_prompt_similarity=0.5), [[1, 0, 0, 0], [0, 0, 0, 1]]),
     ],
 )
 def test_who_earns_a_bonus(defences: Defences, expected: list[list[int]]):
-    assert defences.earns(REWARDS, CUT, SIMILARITY).int().tolist() == expected
+    assert earns(defences, REWARDS, CUT, TOKENS, SIMILARITY).int().tolist() == expected
+
+
+def test_each_condition_is_counted_by_its_name():
+    failed = Defences(min_quality=0.5, drop_truncated=True, max_tokens=7).failed(REWARDS, CUT, TOKENS, None)
+    assert {name: mask.int().tolist() for name, mask in failed.items()} == {
+        "unscorable": [[0, 0, 1, 0], [0, 0, 0, 0]],
+        "min_quality": [[0, 1, 1, 0], [1, 1, 1, 1]],
+        "drop_truncated": [[0, 1, 0, 0], [0, 0, 1, 0]],
+        "max_tokens": [[0, 1, 0, 0], [1, 0, 1, 0]],
+    }
 
 
 def test_a_similarity_that_is_asked_for_must_be_given():
     with pytest.raises(ValueError, match="min_prompt_similarity is set"):
-        Defences(min_prompt_similarity=0.3).earns(REWARDS, CUT, None)
+        Defences(min_prompt_similarity=0.3).failed(REWARDS, CUT, TOKENS, None)
 
 
 @pytest.mark.parametrize("form", ["paper", "centred", "decoupled"])
@@ -72,9 +91,10 @@ def drift_to_gibberish(defences: Defences, rewards: Tensor = GOOD, alpha: float 
         rows = torch.tensor(group)
         r = rewards[rows][None]
         cut = rows[None] >= 3  # gibberish runs on until it is cut
-        earns = defences.earns(r, cut, similarity[rows][None])
-        bonus = leave_one_out_bonus(EMBEDDINGS[rows][None], earns)
-        advantages = group_advantages(r, bonus, alpha, "decoupled", earns=earns)[0]
+        tokens = torch.where(cut, 40, 10)
+        earning = earns(defences, r, cut, tokens, similarity[rows][None])
+        bonus = leave_one_out_bonus(EMBEDDINGS[rows][None], earning)
+        advantages = group_advantages(r, bonus, alpha, "decoupled", earns=earning)[0]
         scores = torch.eye(5, dtype=torch.float64)[rows] - CHANCE  # gradient of log softmax
         gradient += CHANCE[rows].prod() * (advantages[:, None] * scores).sum(0)
     return (gradient[3:].sum() - gradient[:3].sum()).item()
@@ -86,8 +106,13 @@ def test_without_a_defence_gibberish_pays():
 
 @pytest.mark.parametrize(
     "defences",
-    [Defences(min_quality=0.5), Defences(drop_truncated=True), Defences(min_prompt_similarity=0.5)],
-    ids=["quality", "truncation", "similarity"],
+    [
+        Defences(min_quality=0.5),
+        Defences(drop_truncated=True),
+        Defences(max_tokens=20),
+        Defences(min_prompt_similarity=0.5),
+    ],
+    ids=["quality", "truncation", "length", "similarity"],
 )
 def test_with_a_defence_gibberish_does_not_pay(defences: Defences):
     assert drift_to_gibberish(defences) < 0
@@ -98,6 +123,77 @@ def test_a_group_of_wrong_answers_does_not_learn_to_differ():
     wrong = torch.zeros(5, dtype=torch.float64)
     assert drift_to_gibberish(Defences(), wrong) > 0
     assert drift_to_gibberish(Defences(min_quality=0.5, quality_gate="group"), wrong) == 0
+
+
+def stated(response: str) -> tuple[int, int] | None:
+    """The number after "answer is"."""
+    found = re.search(r"answer is (\d+)\.?", response)
+    return None if found is None else found.span(1)
+
+
+@pytest.mark.parametrize(
+    ("embed", "strip", "response", "expected"),
+    [
+        ("response", False, "<think>2 + 2</think>The answer is 4.", "<think>2 + 2</think>The answer is 4."),
+        ("response", True, "<think>2 + 2</think>The answer is 4. Tulips.", "The answer is 4. Tulips."),
+        ("through_answer", True, "<think>2 + 2</think>The answer is 4. Tulips.", "The answer is 4"),
+        ("through_answer", False, "Two and two: the answer is 4 tulips", "Two and two: the answer is 4"),
+        ("answer", False, "Two and two: the answer is 4 tulips", "4"),
+        ("answer", False, "Tulips", None),
+        ("through_answer", True, "<think>the answer is 4", None),
+        ("response", True, "<think>endless", None),
+        ("response", True, "", ""),
+    ],
+)  # fmt: skip
+def test_which_words_are_embedded(embed, strip, response: str, expected: str | None):
+    assert embedded_text(embed, strip, stated)(response) == expected
+
+
+def test_without_an_answer_function_the_whole_response_is_the_answer():
+    assert embedded_text("answer", False, None)("A dog ran.") == "A dog ran."
+
+
+@pytest.mark.parametrize(("embed", "pays"), [("response", True), ("through_answer", False), ("answer", False)])
+def test_random_text_behind_a_right_answer_pays_only_where_it_is_embedded(tiny_encoder, embed, pays: bool):
+    """The gradient of a policy over answers with and without a tail, all of equal quality, over all groups of three."""
+    answers = [
+        "The answer is 4.",
+        "The answer is 4.",
+        "The answer is 4. purple lantern",
+        "The answer is 4. rain bakery",
+    ]
+    encoder = ResponseEncoder(Encoder(model=str(tiny_encoder)), "cpu")
+    pick = embedded_text(embed, False, stated)
+    vectors = encoder([pick(answer) or "" for answer in answers]).vectors.double()
+    gradient = torch.zeros(4, dtype=torch.float64)
+    for group in itertools.product(range(4), repeat=3):
+        rows = torch.tensor(group)
+        bonus = leave_one_out_bonus(vectors[rows][None])
+        advantages = group_advantages(torch.ones(1, 3, dtype=torch.float64), bonus, 1.0, "decoupled")[0]
+        gradient += (advantages[:, None] * (torch.eye(4, dtype=torch.float64)[rows] - 0.25)).sum(0) / 4**3
+    assert (gradient[2:].sum() > 1e-3) == pays
+    if not pays:
+        assert gradient.abs().max() < 1e-6
+
+
+def test_a_response_without_an_answer_earns_nothing_in_the_trainer(tiny_policy, tiny_encoder, tmp_path):
+    pick = embedded_text("through_answer", False, lambda text: None if "storm" in text else (0, len(text)))
+    trainer = build(
+        tiny_policy, tiny_encoder, tmp_path, steps=1, alpha=0.7, advantage="paper", max_tokens=14, embedded_text=pick
+    )
+    trainer.train()
+    texts = [completion[-1]["content"] for completion in trainer._logs["completion"]]
+    lengths = [len(trainer._tokenizer(text)["input_ids"]) + 1 for text in texts]
+    without, long = ["storm" in text for text in texts], [length > 14 for length in lengths]
+    assert 0 < sum(without) < 12 and 0 < sum(long) < 12
+    rewards = reward(trainer._logs["completion"])
+    plain = [value or 0.0 for value in rewards]
+    for i, value in enumerate(trainer.used[-1]):
+        none_earned = without[i] or long[i] or rewards[i] is None
+        assert (value == pytest.approx(plain[i], abs=1e-6)) == none_earned
+    row = trainer.state.log_history[0]
+    assert float(row["no_bonus_rate/no_answer"]) == pytest.approx(sum(without) / 12, rel=1e-3)
+    assert float(row["no_bonus_rate/max_tokens"]) == pytest.approx(sum(long) / 12, rel=1e-3)
 
 
 def test_the_trainer_gates_counts_and_leaves_the_gated_out_of_the_kernel(tiny_policy, tiny_encoder, tmp_path):

@@ -1,5 +1,6 @@
 """Group scores against other formulas: determinants, a second library, pairs one by one, a search for components."""
 
+import itertools
 import math
 
 import numpy as np
@@ -8,10 +9,21 @@ import torch
 from torch import Tensor
 from vendi_score import vendi
 
+from dqo.advantage import group_advantages
 from dqo.determinant import leave_one_out_bonus
-from dqo.diversity import cosine_bonus, distinct_bonus, elliptical_bonus, group_score, vendi_bonus
+from dqo.diversity import (
+    Group,
+    cosine_bonus,
+    distinct_bonus,
+    elliptical_bonus,
+    group_score,
+    similarity_bonus,
+    unlikeliness,
+    vendi_bonus,
+)
 
-NAMES = ("log_volume", "elliptical", "cosine_distance", "vendi", "distinct")
+OF_EMBEDDINGS = ("log_volume", "elliptical", "cosine_distance", "vendi", "distinct", "similarity")
+NAMES = (*OF_EMBEDDINGS, "likelihood", "entropy")
 K = 6
 
 
@@ -24,7 +36,12 @@ def groups(count: int = 5, k: int = K, d: int = 4, seed: int = 0) -> Tensor:
 
 
 def bonus_of(name: str, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
-    return group_score(name, embeddings.shape[-2]).bonus(embeddings, mask)
+    return group_score(name, embeddings.shape[-2]).bonus(Group(embeddings, mask, likelihoods(embeddings)))
+
+
+def likelihoods(embeddings: Tensor) -> Tensor:
+    """Log-likelihoods of between -20 and 0 nats that go with a member; equal members have equal ones."""
+    return -20 * (embeddings.sum(-1) / embeddings.shape[-1] ** 0.5).abs()
 
 
 def test_elliptical_is_the_quadratic_form_with_the_inverse():
@@ -73,6 +90,45 @@ def test_distinct_counts_members_of_other_components():
             assert got[i].item() == pytest.approx((K - len(reached)) / (K - 1))
 
 
+def test_similarity_divides_by_one_plus_the_similarities():
+    embeddings = groups()
+    embeddings[0, 3] = -embeddings[0, 2]  # opposites are no reason to divide by less than one
+    for group, got in zip(embeddings.numpy(), similarity_bonus(embeddings), strict=True):
+        for i in range(K):
+            expected = 1 / (1 + sum(max(0.0, group[i] @ group[j]) for j in range(K) if j != i))
+            assert got[i].item() == pytest.approx(expected, abs=1e-10)
+
+
+def test_unlikeliness_is_the_rank_among_the_others():
+    values = torch.tensor([[-3.0, -1.0, -7.0, -2.0], [-5.0, -5.0, -1.0, -9.0]])
+    torch.testing.assert_close(unlikeliness(values), torch.tensor([[2 / 3, 0, 1, 1 / 3], [0.5, 0.5, 0, 1]]))
+    mask = torch.tensor([[True, True, False, True], [True, True, False, False]])
+    torch.testing.assert_close(unlikeliness(values, mask), torch.tensor([[1, 0, 0, 0.5], [0.5, 0.5, 0, 0]]))
+
+
+def test_the_entropy_score_estimates_the_gradient_of_the_entropy():
+    """All groups of three answers of a softmax policy, against automatic differentiation of its entropy."""
+    logits = torch.tensor([0.3, -1.2, 0.9, 0.0], dtype=torch.float64, requires_grad=True)
+    log_p = logits.log_softmax(-1)
+    (expected,) = torch.autograd.grad(-(log_p.exp() * log_p).sum(), logits, retain_graph=True)
+    likelihood, chance = log_p.detach(), log_p.detach().exp()
+    got = torch.zeros(4, dtype=torch.float64)
+    for rows in itertools.product(range(4), repeat=3):
+        index = torch.tensor(rows)
+        bonus = group_score("entropy", 3).bonus(Group(torch.zeros(3, 1), None, likelihood[index]))
+        advantages = group_advantages(torch.zeros(1, 3), bonus[None].float(), 1.0, "paper")[0].double()
+        scores = torch.eye(4, dtype=torch.float64)[index] - chance
+        got += chance[index].prod() * (advantages[:, None] * scores).sum(0)
+    torch.testing.assert_close(got, 3 * expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["likelihood", "entropy"])
+def test_a_score_of_the_likelihood_asks_for_it(name: str):
+    assert group_score(name, 4).of_likelihood
+    with pytest.raises(ValueError, match="log_likelihood must be given"):
+        group_score(name, 4).bonus(Group(groups()))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_masked_members_leave_the_group(name: str):
     embeddings = groups()
@@ -82,7 +138,8 @@ def test_masked_members_leave_the_group(name: str):
     broken[:, 2] = math.nan
     got = bonus_of(name, broken, mask)
     kept = [0, 1, 3, 5]
-    torch.testing.assert_close(got[:, kept], group_score(name, 4).bonus(embeddings[:, kept], None))
+    group = Group(embeddings[:, kept], None, likelihoods(embeddings)[:, kept])
+    torch.testing.assert_close(got[:, kept], group_score(name, 4).bonus(group))
     assert not got[:, [2, 4]].any()
 
 
@@ -102,6 +159,7 @@ def test_the_order_of_members_and_of_groups_does_not_matter(name: str):
         ("cosine_distance", 0.0, 1.0),
         ("vendi", 0.0, 1.0),
         ("distinct", 0.0, 1.0),
+        ("similarity", 1 / K, 1.0),
     ],
 )
 def test_ends_of_the_range(name: str, same: float, unlike: float):
@@ -112,7 +170,7 @@ def test_ends_of_the_range(name: str, same: float, unlike: float):
                                torch.full((1, K), unlike, dtype=torch.float64))  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_EMBEDDINGS)
 def test_a_repetition_earns_less_than_the_odd_one_out(name: str):
     base = torch.nn.functional.normalize(torch.tensor([[[1.0, 0.1, 0.0], [1.0, 0.1, 0.0], [0.0, 0.2, 1.0]]]), dim=-1)
     first, second, odd = bonus_of(name, base)[0].tolist()
@@ -129,7 +187,9 @@ def test_the_log_volume_is_the_methods_own():
 def test_a_member_alone_and_an_empty_group(name: str):
     embeddings = groups(count=1, k=3)
     alone = bonus_of(name, embeddings, torch.tensor([[True, False, False]]))[0, 0].item()
-    assert alone == pytest.approx({"log_volume": math.log(2), "elliptical": 1.0, "vendi": 1.0}.get(name, 0.0))
+    expected = {"log_volume": math.log(2), "elliptical": 1.0, "vendi": 1.0, "similarity": 1.0}
+    expected["entropy"] = -likelihoods(embeddings)[0, 0].item()
+    assert alone == pytest.approx(expected.get(name, 0.0))
     assert not bonus_of(name, embeddings, torch.zeros(1, 3, dtype=torch.bool)).any()
 
 

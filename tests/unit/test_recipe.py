@@ -34,8 +34,8 @@ def test_unknown_key_names_file_field_value_and_the_keys_beside_it():
     assert "unknown key" in line and "3.5" in line
     allowed = line.split("expected one of: ")[1].split(", ")
     assert allowed == [
-        "alpha", "k", "advantage", "quality_scale", "score", "distinct_threshold", "kernel_scale", "defences",
-        "baselines",
+        "alpha", "k", "advantage", "quality_scale", "score", "combine", "distinct_threshold",
+        "kernel_scale", "defences", "baselines",
     ]  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def test_unknown_key_is_found_at_every_depth(text: str, field: str, one_allowed:
         ("name: a\nrl: {sampling: {top_p: 1.1}}", "rl.sampling.top_p", "got 1.1;", "less than or equal to 1"),
         ("name: a\ndata: {eval_fraction: 1}", "data.eval_fraction", "got 1;", "less than 1"),
         ("name: a\nseed: -1", "seed", "got -1;", "greater than or equal to 0"),
-        ("name: a\ntask: poem", "task", "got 'poem';", "'story'"),
+        ("name: a\ntask: poem", "task", "got 'poem';", "expected one of: story"),
         ("name: My Run", "name", "got 'My Run';", "match pattern"),
         ("name: 7", "name", "got 7;", "valid string"),
         ("name: a\nregistry: {name: a/b}", "registry.name", "got 'a/b';", "match pattern"),
@@ -272,13 +272,17 @@ def test_defaults_are_filled_in_and_survive_the_round_trip():
         "advantage": "decoupled",
         "quality_scale": "none",
         "score": "log_volume",
+        "combine": "add",
         "distinct_threshold": 0.9,
         "kernel_scale": 1.0,
         "defences": {
             "min_quality": None,
             "quality_gate": "member",
             "drop_truncated": False,
+            "max_tokens": None,
             "min_prompt_similarity": None,
+            "embed": "response",
+            "strip_reasoning": False,
         },
         "baselines": ["reward_only"],
     }
@@ -351,3 +355,20 @@ def test_schema_agrees_with_the_parser():
             validator.validate(wrong)
         with pytest.raises(DQOError):
             parse(json.dumps(wrong))
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("{combine: multiply}", "needs a score that is a share: distinct, similarity, likelihood; got 'log_volume'"),
+        ("{combine: multiply, score: distinct, alpha: 2}", "needs alpha in [0, 1], got 2"),
+        ("{combine: multiply, score: distinct, defences: {max_tokens: 9}}", "expected no defences, or 'add'"),
+    ],
+)
+def test_what_cannot_be_multiplied_is_refused(method: str, expected: str):
+    assert expected in line_of(refusal(f"name: a\nmethod: {method}"), "method")
+
+
+def test_shares_multiply():
+    method = parse("name: a\nmethod: {combine: multiply, score: likelihood, alpha: 0.25}").method
+    assert (method.combine, method.score, method.alpha) == ("multiply", "likelihood", 0.25)

@@ -75,6 +75,57 @@ def test_another_score_takes_the_place_of_the_volume(tiny_policy, tiny_encoder, 
             assert trainer.used[-1][i] == pytest.approx(expected, abs=2e-5)
 
 
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_likelihood_scores_see_the_policys_own_likelihoods(
+    tiny_policy, tiny_encoder, tmp_path, accumulation: int, temperature: float
+):
+    """Against one plain forward pass a response, without padding."""
+    trainer = build(
+        tiny_policy, tiny_encoder, tmp_path, steps=1, alpha=0.01, advantage="paper", score="entropy", learning_rate=0.0,
+        accumulation=accumulation, temperature=temperature,
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+    )  # fmt: skip
+    trainer.train()
+    model, encode = trainer.model.eval(), trainer._tokenizer
+    for i, (prompt, completion) in enumerate(zip(trainer._logs["prompt"], trainer._logs["completion"], strict=True)):
+        asked = encode.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        said = encode(completion[-1]["content"], add_special_tokens=False)["input_ids"] + [encode.eos_token_id]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([asked + said])).logits[0, len(asked) - 1 : -1] / temperature
+        expected = -logits.log_softmax(-1).gather(1, torch.tensor(said)[:, None]).sum().item()
+        assert list(trainer._logs["advantages"])[i] == pytest.approx(0.01 * expected, rel=1e-3)
+
+
+def test_multiplied_rewards(tiny_policy, tiny_encoder, tmp_path):
+    trainer = build(
+        tiny_policy,
+        tiny_encoder,
+        tmp_path,
+        steps=1,
+        alpha=1.0,
+        advantage="paper",
+        score="similarity",
+        combine="multiply",
+    )
+    trainer.train()
+    texts = [completion[-1]["content"] for completion in trainer._logs["completion"]]
+    rewards, vectors = reward(trainer._logs["completion"]), trainer.encoder(texts).vectors.double()
+    for i, (value, used) in enumerate(zip(rewards, trainer.used[-1], strict=True)):
+        others = [j for j in range(i - i % 4, i - i % 4 + 4) if j != i and rewards[j] is not None]
+        similar = sum(max(0.0, (vectors[i] @ vectors[j]).item()) for j in others)
+        assert used == pytest.approx(0.0 if value is None else value / (1 + similar), abs=1e-5)
+
+
+def test_a_negative_reward_is_not_multiplied(tiny_policy, tiny_encoder, tmp_path):
+    trainer = build(
+        tiny_policy, tiny_encoder, tmp_path, steps=1, score="likelihood", combine="multiply",
+        reward_funcs=lambda completions, **_: [-0.25] * len(completions),
+    )  # fmt: skip
+    with pytest.raises(DQOError, match=r"the reward -0\.25 is negative"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("scale", ["none", "group", "batch"])
 def test_alpha_zero_is_the_stock_trainer(tiny_policy, tiny_encoder, tmp_path, scale):
     """With alpha = 0 the advantages are those that TRL's own code has just computed for the same rewards."""
