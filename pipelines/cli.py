@@ -54,6 +54,14 @@ def _parser() -> argparse.ArgumentParser:
     schema = actions.add_parser("schema", help="print the JSON schema, for editors")
     schema.set_defaults(run=_schema)
 
+    experiment = commands.add_parser("experiment", help="run a grid of recipes, resuming where it stopped")
+    experiment.add_argument("file", type=Path, help="experiment file")
+    experiment.add_argument("--out", type=Path, default=Path(_OUT), help=f"folder of checkpoints and MLflow ({_OUT})")
+    experiment.add_argument("--results", type=Path, help="folder of the results (experiments in --out)")
+    experiment.add_argument("--part", action="append", help="only this part of the file; may be given again")
+    experiment.add_argument("--plan", action="store_true", help="only say what would be run and what is done")
+    experiment.set_defaults(run=_experiment)
+
     ui = commands.add_parser("ui", help="open MLflow's page on the local runs")
     ui.add_argument("--out", type=Path, default=Path(_OUT), help=f"folder given to `dqo run` ({_OUT})")
     ui.add_argument("--port", type=int, default=5000, help="port on this machine (5000)")
@@ -125,6 +133,12 @@ def _schema(arguments: argparse.Namespace) -> int:
 
     print(json_schema(), end="")
     return 0
+
+
+def _experiment(arguments: argparse.Namespace) -> int:
+    from pipelines import experiment
+
+    return experiment.run(arguments.file, arguments.out, arguments.results, arguments.part, arguments.plan)
 
 
 def _ui(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,133 @@
+"""The command `experiment` on tiny random models: expanding, running, resuming, and what is wrong with a file."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pytest
+import yaml
+from pipeline.test_pipeline import ROOT, environment, write_recipe
+
+from dqo.errors import DQOError
+from dqo.evaluation.metrics import METRICS
+from pipelines.experiment import Results, expand, read
+
+PARTS = [
+    {"name": "methods", "title": "Methods", "seeds": [0, 1], "against": "reward-only",
+     "runs": {"reward-only": {"method.alpha": 0}, "dqo": {}}},
+    {"name": "alpha", "title": "Alpha", "grid": {"method.alpha": [0.0, 1.0], "rl.steps": [2]}},
+]  # fmt: skip
+
+
+def write(folder: Path, parts: list[dict], **changes) -> Path:
+    path = folder / "grid.yaml"
+    document = {"name": "grid", "title": "A grid", "recipes": {"story": "tiny.yaml"}, "parts": parts, **changes}
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    return write_recipe(tmp_path / "tiny.yaml", tmp_path / "no-policy", tmp_path / "no-encoder", rl={"steps": 2})
+
+
+def test_expansion_sets_fields_seeds_and_finds_equal_recipes(recipe, tmp_path):
+    cells = expand(read(write(tmp_path, PARTS)), tmp_path / "grid.yaml")
+    assert [(c.part, c.run, c.recipe.method.alpha, c.seed) for c in cells] == [
+        ("methods", "reward-only", 0.0, 0), ("methods", "dqo", 1.0, 0),
+        ("methods", "reward-only", 0.0, 1), ("methods", "dqo", 1.0, 1),
+        ("alpha", "dqo", 0.0, 0), ("alpha", "dqo", 1.0, 0),
+    ]  # fmt: skip
+    assert [c.recipe.seed for c in cells] == [c.seed for c in cells]
+    assert all(c.recipe.variants == ["dqo"] for c in cells)
+    assert cells[4].key == cells[0].key and cells[5].key == cells[1].key
+    assert len({c.key for c in cells}) == 4
+    assert cells[5].title == "story · dqo · alpha 1.0 · steps 2 · seed 0"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"runs": {"dqo": {"method.alhpa": 1}}}, "part 'p', run 'dqo': 'method.alhpa' is no field of a recipe"),
+        ({"runs": {"dqo": {"method.alpha": -1}}}, "method.alpha: got -1"),
+        ({"grid": {"method.k": [1]}}, "method.k: got 1"),
+        ({"recipes": ["poem"]}, "parts.p.recipes: got 'poem'; expected one of: story"),
+        ({"against": "base"}, "parts.p.against: got 'base'; expected one of: dqo"),
+        ({"seeds": []}, "parts.0.seeds: got []"),
+        ({"sedes": [1]}, "parts.0.sedes: got [1]"),
+    ],
+)
+def test_a_wrong_file_names_place_value_and_expectation(recipe, tmp_path, change: dict, expected: str):
+    path = write(tmp_path, [{"name": "p", "title": "P"} | change])
+    with pytest.raises(DQOError) as caught:
+        expand(read(path), path)
+    assert str(path) in str(caught.value) and expected in str(caught.value)
+
+
+def test_a_part_twice_a_missing_recipe_and_no_mapping(recipe, tmp_path):
+    part = {"name": "p", "title": "P"}
+    with pytest.raises(DQOError, match="got 'p' twice"):
+        expand(read(write(tmp_path, [part, part])), tmp_path / "grid.yaml")
+    with pytest.raises(DQOError, match=r"none\.yaml: no such recipe file"):
+        expand(read(write(tmp_path, [part], recipes={"story": "none.yaml"})), tmp_path / "grid.yaml")
+    (tmp_path / "grid.yaml").write_text("- a")
+    with pytest.raises(DQOError, match=r"expected a mapping .* got list"):
+        read(tmp_path / "grid.yaml")
+
+
+def test_a_damaged_results_file_is_named(tmp_path):
+    (tmp_path / "grid.jsonl").write_text('{"no": "key"}\n')
+    with pytest.raises(DQOError, match=r"grid.jsonl: not a results file"):
+        Results(tmp_path, "grid").rows()
+
+
+def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", "experiment", *map(str, arguments)],
+        capture_output=True, text=True, timeout=400, env=environment(), cwd=ROOT,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_grid_runs_once_continues_and_names_what_failed(tiny_policy, tiny_encoder, tmp_path):
+    write_recipe(tmp_path / "tiny.yaml", tiny_policy, tiny_encoder, rl={"steps": 2})
+    path = write(
+        tmp_path, [PARTS[1], {"name": "broken", "title": "Broken", "runs": {"none": {"rl.prompts_per_step": 999}}}]
+    )
+    out, results = tmp_path / "runs", Results(tmp_path / "results", "grid")
+    planned = command(path, "--out", out, "--plan")
+    assert planned.stdout.count("to do ") == 3 and not out.exists()
+
+    done = command(path, "--out", out, "--results", results.folder)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "1 of 3 runs failed" in done.stdout and "999" in done.stdout and "Traceback" not in done.stdout + done.stderr
+    rows = list(results.rows().values())
+    assert [row["method"]["alpha"] for row in rows] == [0.0, 1.0]
+    for row in rows:
+        assert row["prompts"] == 6 and row["n"] == 4 and len(row["history"]) == 2
+        assert {"base", "sft", "dqo"} == set(row["models"])
+        assert set(row["models"]["dqo"]) == set(METRICS)
+        responses = [one for one in results.responses(row["key"]) if one["model"] == "dqo"]
+        means = [sum(one["qualities"]) / 4 for one in responses]
+        assert row["models"]["dqo"]["quality"] == pytest.approx(means, abs=1e-5)
+    assert rows[0]["models"]["sft"] == rows[1]["models"]["sft"]  # one SFT checkpoint for both
+
+    client = mlflow.MlflowClient(f"sqlite:///{out}/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "dqo"]
+    found = client.search_runs([experiment.experiment_id], max_results=1000)
+    (parent,) = [run for run in found if run.data.tags.get("dqo.stage") == "experiment"]
+    children = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert {run.info.run_name for run in children} >= {
+        f"story · dqo · alpha {a} · steps 2 · seed 0" for a in (0.0, 1.0)
+    }
+    assert sorted(row["mlflow_run"] for row in rows) == sorted(
+        run.info.run_id for run in children if run.info.status == "FINISHED"
+    )
+
+    before = results.path.read_bytes()
+    again = command(path, "--out", out, "--results", results.folder, "--part", "alpha")
+    assert again.returncode == 0 and "0 to do" in again.stdout
+    assert results.path.read_bytes() == before
+    assert json.loads(before.splitlines()[0])["label"] == "story"
