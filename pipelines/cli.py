@@ -59,7 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     experiment.add_argument("--out", type=Path, default=Path(_OUT), help=f"folder of checkpoints and MLflow ({_OUT})")
     experiment.add_argument("--results", type=Path, help="folder of the results (experiments in --out)")
     experiment.add_argument("--part", action="append", help="only this part of the file; may be given again")
-    experiment.add_argument("--plan", action="store_true", help="only say what would be run and what is done")
+    experiment.add_argument("--page", type=Path, help="page of results to write (NAME.md beside the results)")
+    only = experiment.add_mutually_exclusive_group()
+    only.add_argument("--plan", dest="only", action="store_const", const="plan", help="only say what would be run")
+    only.add_argument("--page-only", dest="only", action="store_const", const="page", help="only write the page")
     experiment.set_defaults(run=_experiment)
 
     ui = commands.add_parser("ui", help="open MLflow's page on the local runs")
@@ -138,7 +141,9 @@ def _schema(arguments: argparse.Namespace) -> int:
 def _experiment(arguments: argparse.Namespace) -> int:
     from pipelines import experiment
 
-    return experiment.run(arguments.file, arguments.out, arguments.results, arguments.part, arguments.plan)
+    return experiment.run(
+        arguments.file, arguments.out, arguments.results, arguments.part, arguments.page, arguments.only
+    )
 
 
 def _ui(arguments: argparse.Namespace) -> int:

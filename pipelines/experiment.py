@@ -19,7 +19,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -235,15 +235,23 @@ class Results:
         return [json.loads(line) for line in text.splitlines()]
 
 
-def run(path: Path, out: Path, results_folder: Path | None, parts: list[str] | None, plan_only: bool) -> int:
-    """Run what is missing of an experiment; returns the exit status, 1 if a job failed.
+def run(
+    path: Path,
+    out: Path,
+    results_folder: Path | None,
+    parts: list[str] | None,
+    page: Path | None,
+    only: Literal["plan", "page"] | None,
+) -> int:
+    """Run what is missing of an experiment and write its page; returns the exit status, 1 if a job failed.
 
     Args:
         path: The experiment file.
         out: Folder of checkpoints and MLflow, as of `dqo run`.
         results_folder: Where results are kept; `None` takes `<out>/experiments`.
         parts: Only these parts; `None` takes all.
-        plan_only: Only say what would be run.
+        page: Where the page of results is written; `None` takes `<name>.md` beside the results.
+        only: `plan`: only say what would be run; `page`: only write the page of what is finished.
 
     Raises:
         DQOError: If the file is not valid or MLflow does not answer.
@@ -254,41 +262,58 @@ def run(path: Path, out: Path, results_folder: Path | None, parts: list[str] | N
     for name in parts or ():
         if name not in known:
             raise DQOError(f"--part: got {name!r}; expected one of: {', '.join(known)}")
-    cells = [cell for cell in cells if parts is None or cell.part in parts]
+    chosen = [cell for cell in cells if parts is None or cell.part in parts]
     results = Results(results_folder or out / "experiments", experiment.name)
     done = results.rows()
     jobs: dict[str, Cell] = {}
-    for cell in cells:
+    for cell in chosen:
         jobs.setdefault(cell.key, cell)
     missing = [cell for key, cell in jobs.items() if key not in done]
     console = Console(highlight=False)
     console.print(
-        f"Experiment [bold]{experiment.name}[/]: {len(cells)} runs, {len(jobs)} of them different, {len(missing)} to "
+        f"Experiment [bold]{experiment.name}[/]: {len(chosen)} runs, {len(jobs)} of them different, {len(missing)} to "
         f"do; results: {short(results.path)}",
         soft_wrap=True,
     )
-    if plan_only:
+    if only == "plan":
         for key, cell in jobs.items():
             mark = "done" if key in done else "to do"
             console.print(f"  {mark:5}  {cell.part:12}  {cell.title}", markup=False, soft_wrap=True)
         return 0
-    if not missing:
-        return 0
-    failed = []
-    parent = _open_parent(experiment, missing[0].recipe, out)
+    failed: list[Cell] = []
     try:
-        for number, cell in enumerate(missing, start=1):
-            console.print(f"\\[{number}/{len(missing)}] {cell.title}", soft_wrap=True)
-            error = _run_job(console, cell, out, parent, results)
-            if error is not None:
-                failed.append(cell)
-                console.print(f"  failed: {error}", markup=False, soft_wrap=True)
+        if missing and only is None:
+            failed = _run_missing(console, experiment, missing, out, results)
     except KeyboardInterrupt:
-        console.print(f"Interrupted; repeat the command to continue:\n  {dqo_command('experiment', path)}")
+        console.print(
+            f"Interrupted; repeat the command to continue:\n  {dqo_command('experiment', path)}", soft_wrap=True
+        )
         return 130
+    finally:
+        if results.path.is_file():
+            from pipelines.results import write_page
+
+            where = page or results.path.with_suffix(".md")
+            write_page(experiment, cells, results, where)
+            console.print(f"Results: {short(where)}", soft_wrap=True)
     if failed:
         console.print(f"{len(failed)} of {len(missing)} runs failed; repeat the command to try them again", style="red")
     return 1 if failed else 0
+
+
+def _run_missing(
+    console: Console, experiment: Experiment, missing: list[Cell], out: Path, results: Results
+) -> list[Cell]:
+    """Run jobs one after another; returns those that failed."""
+    failed = []
+    parent = _open_parent(experiment, missing[0].recipe, out)
+    for number, cell in enumerate(missing, start=1):
+        console.print(f"\\[{number}/{len(missing)}] {cell.title}", soft_wrap=True)
+        error = _run_job(console, cell, out, parent, results)
+        if error is not None:
+            failed.append(cell)
+            console.print(f"  failed: {error}", markup=False, soft_wrap=True)
+    return failed
 
 
 def _open_parent(experiment: Experiment, recipe: Recipe, out: Path) -> str:

@@ -20,7 +20,7 @@ from scipy.optimize import brentq
 from dqo.evaluation.metrics import METRICS
 from dqo.evaluation.statistics import Interval
 
-Marker = Literal["o", "s", "^", "D", "v", "P"]
+Marker = Literal["o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*"]
 History = Sequence[Mapping[str, float]]
 """Rows of one `history.jsonl`: `step` and the metrics of that step."""
 Point = tuple[float, float]
@@ -62,13 +62,23 @@ _KNOWN = {
     "reward_only": Style("Reward-only RL", "#c2540a", "#f0883e", "^"),
     "dqo": Style("DQO-RL", "#1464b4", "#58a6ff", "o"),
 }
-_FURTHER: list[tuple[str, str, Marker]] = [("#0b7d62", "#3fbf9b", "v"), ("#a2448f", "#dd84c8", "P")]
+_FURTHER: list[tuple[str, str, Marker]] = [
+    ("#0b7d62", "#3fbf9b", "v"),
+    ("#a2448f", "#dd84c8", "P"),
+    ("#8a6d00", "#d9b934", "X"),
+    ("#5a4fcf", "#9d95ff", "<"),
+    ("#b3273f", "#ff7a8c", ">"),
+    ("#3f7f1f", "#84c95e", "p"),
+    ("#00758f", "#4fc3dc", "h"),
+    ("#7a4a24", "#c99468", "*"),
+]
 
 
 def styles(names: Sequence[str]) -> dict[str, Style]:
     """Style of each model by name; models this module does not know take further colours in turn."""
     further = cycle(_FURTHER)
-    return {name: _KNOWN[name] if name in _KNOWN else Style(name, *next(further)) for name in names}
+    known = {name: _KNOWN.get(name.replace("-", "_")) for name in names}
+    return {name: look or Style(name, *next(further)) for name, look in known.items()}
 
 
 def volume_bounds(n: int) -> tuple[float, float]:
@@ -297,3 +307,69 @@ def learning_curves_figure(histories: Mapping[str, History]) -> Figure:
         if axes.lines:
             axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
     return figure
+
+
+def sweep_figure(series: Mapping[str, Mapping[str, Mapping[float, Interval]]], field: str) -> Figure:
+    """Metrics over the values of one setting, a panel a metric and a line a run.
+
+    Args:
+        series: Metric -> run -> value of the setting -> mean with its interval.
+        field: The setting's name.
+
+    Returns:
+        A figure of 9.6 x 3.6 inches on white, bars for the intervals.
+    """
+    looks = styles(list(dict.fromkeys(run for runs in series.values() for run in runs)))
+    figure = Figure(figsize=(9.6, 3.6), dpi=160, layout="constrained", facecolor="white")
+    for position, (metric, runs) in enumerate(series.items(), start=1):
+        axes = figure.add_subplot(1, len(series), position)
+        _clean(axes)
+        for run, points in runs.items():
+            look, intervals = looks[run], list(points.values())
+            axes.errorbar(
+                list(points), [one.mean for one in intervals], yerr=_arms(intervals),
+                label=look.label, color=look.light, marker=look.marker, markersize=7, markeredgecolor="white", linewidth=2.0, elinewidth=1.4,
+            )  # fmt: skip
+        axes.set_title(METRICS[metric].label, loc="left", color=_INK, fontsize=11, fontweight="bold")
+        axes.set_xlabel(field, color=_MUTED, fontsize=9)
+        axes.set_xticks(sorted({value for points in runs.values() for value in points}))
+        if len(runs) > 1:
+            axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
+    return figure
+
+
+def curve_figure(curves: Mapping[str, Sequence[Interval]], across: str, up: str) -> Figure:
+    """A value for 1, 2, 3, ... of something, one line a model with its band.
+
+    Args:
+        curves: Model -> means with their intervals, for 1, 2, 3, ...
+        across: Label of the horizontal axis.
+        up: Label of the vertical axis.
+
+    Returns:
+        A figure of 7.2 x 4.2 inches on white.
+    """
+    looks = styles(list(curves))
+    figure = Figure(figsize=(7.2, 4.2), dpi=160, layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    _clean(axes)
+    for model, intervals in curves.items():
+        look, numbers = looks[model], range(1, len(intervals) + 1)
+        axes.fill_between(
+            numbers, [one.low for one in intervals], [one.high for one in intervals], color=look.light, alpha=0.12
+        )
+        axes.plot(
+            numbers, [one.mean for one in intervals], label=look.label, color=look.light, linewidth=2.0,
+            marker=look.marker, markersize=6, markeredgecolor="white",
+        )  # fmt: skip
+    axes.set_xlabel(across, color=_INK, fontsize=10)
+    axes.set_ylabel(up, color=_INK, fontsize=10)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
+    return figure
+
+
+def _arms(intervals: Sequence[Interval]) -> NDArray[np.float64]:
+    """Both sides of the error bars, shape `(2, points)`; nothing where bounds are missing."""
+    sides = np.array([[one.mean - one.low, one.high - one.mean] for one in intervals]).T
+    return np.nan_to_num(sides).clip(min=0.0)

@@ -1,0 +1,272 @@
+"""The page of an experiment's results: tables and pictures made of nothing but the results file.
+
+Every mean is over prompts and seeds. The interval beside it is a bootstrap over prompts of each prompt's mean over the
+seeds: how far other prompts would move it, given these training runs. How far other training runs would is shown as the
+range of the seeds' means, where there are several.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from dqo.evaluation.best_of import curve_intervals, expected_best
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from dqo.evaluation.figures import ModelResult, curve_figure, learning_curves_figure, plane_figure, sweep_figure
+from dqo.evaluation.metrics import METRICS
+from dqo.evaluation.statistics import OverSeeds, over_seeds
+from dqo.files import write_text
+from pipelines.experiment import Cell, Experiment, Part, Results
+
+_SHOWN = ("quality", "best_of_n", "log_volume", "distinct_4", "self_bleu_diversity", "duplicate_rate", "mean_tokens")
+_DECIDING = ("quality", "best_of_n", "log_volume", "distinct_4", "self_bleu_diversity")
+_SIGNED = "{:+.3f} [{:+.3f}, {:+.3f}]"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a table: a run with its grid values, over its seeds.
+
+    Attributes:
+        title: What a reader calls it.
+        run: Name of the run; `base` and `sft` for what the training started from.
+        values: The grid's values.
+        rows: Finished jobs, a row a seed.
+        planned: Seeds that the file asks for.
+        model: Which of a row's models is meant.
+    """
+
+    title: str
+    run: str
+    values: dict[str, Any]
+    rows: list[dict[str, Any]]
+    planned: int
+    model: str = "dqo"
+
+    def table(self, metric: str) -> NDArray[np.float64]:
+        """Values of shape `(seeds, prompts)`; nan where the metric is not defined or was not measured."""
+        empty = [math.nan] * self.rows[0]["prompts"]
+        return np.array([row["models"][self.model].get(metric, empty) for row in self.rows], dtype=np.float64)
+
+    def over_seeds(self, metric: str) -> OverSeeds:
+        """Mean and intervals of a metric."""
+        return over_seeds(self.table(metric))
+
+
+def write_page(experiment: Experiment, cells: Sequence[Cell], results: Results, path: Path) -> None:
+    """Write the page and its pictures, which go into a folder of the page's name.
+
+    Args:
+        experiment: What the file says.
+        cells: See `pipelines.experiment.expand`.
+        results: What is finished so far; what is missing is said on the page.
+        path: The page, Markdown.
+    """
+    done = results.rows()
+    pictures = path.with_suffix("")
+    keys = {cell.key for cell in cells}
+    text = [f"# {experiment.title}", ""]
+    text += [
+        "<!-- Written by `dqo experiment` from the results file; edit the experiment file instead. -->",
+        "",
+        *([experiment.text, ""] if experiment.text else []),
+        f"{len(keys & done.keys())} of {len(keys)} runs are finished. Means over prompts and seeds; in brackets the "
+        "95 % bootstrap interval over prompts, and behind it the range of the seeds' means where there are several.",
+        "",
+    ]
+    for part in experiment.parts:
+        text += [f"## {part.title}", "", *([part.text, ""] if part.text else [])]
+        labels = list(dict.fromkeys(cell.label for cell in cells if cell.part == part.name))
+        for label in labels:
+            chosen = [cell for cell in cells if (cell.part, cell.label) == (part.name, label)]
+            if len(labels) > 1:
+                text += [f"### {label}", ""]
+            text += _section(part, label, chosen, done, results, pictures)
+    text += _provenance([done[key] for key in sorted(keys & done.keys())])
+    write_text(path, "\n".join(text).rstrip() + "\n")
+
+
+def _section(
+    part: Part, label: str, cells: Sequence[Cell], done: Mapping[str, dict[str, Any]], results: Results, pictures: Path
+) -> list[str]:
+    lines = _lines(cells, done)
+    if not lines:
+        return [f"Not run yet ({len({cell.key for cell in cells})} runs).", ""]
+    missing = [line for line in lines if len(line.rows) < line.planned]
+    absent = {_title(cell) for cell in cells} - {line.title for line in lines}
+    starts = [_start(lines, name, title) for name, title in (("base", "base model"), ("sft", "SFT"))]
+    columns = ["model", *(METRICS[metric].label for metric in _SHOWN)]
+    text = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for line in [*starts, *lines]:
+        text.append("| " + " | ".join([line.title, *(_cell(line, metric) for metric in _SHOWN)]) + " |")
+    text.append("")
+    if missing or absent:
+        unfinished = [f"{line.title} ({len(line.rows)} of {line.planned} seeds)" for line in missing]
+        text += [f"Not finished: {', '.join([*unfinished, *sorted(absent)])}.", ""]
+    if part.against is not None:
+        text += _differences(part, lines)
+    text += _pictures(part, label, starts, lines, results, pictures)
+    return text
+
+
+def _title(cell: Cell) -> str:
+    values = ", ".join(f"{field.rpartition('.')[2]} {value}" for field, value in cell.values.items())
+    return cell.run + (f" ({values})" if values else "")
+
+
+def _lines(cells: Sequence[Cell], done: Mapping[str, dict[str, Any]]) -> list[Line]:
+    titles = dict.fromkeys(_title(cell) for cell in cells)
+    lines = []
+    for title in titles:
+        own = [cell for cell in cells if _title(cell) == title]
+        rows = [done[cell.key] for cell in own if cell.key in done]
+        if rows:
+            lines.append(Line(title, own[0].run, own[0].values, rows, len(own)))
+    return lines
+
+
+def _start(lines: Sequence[Line], model: str, title: str) -> Line:
+    """The base or SFT model, a row a seed."""
+    by_seed = {row["seed"]: row for line in lines for row in line.rows}
+    return Line(title, model, {}, list(by_seed.values()), len(by_seed), model)
+
+
+def _cell(line: Line, metric: str) -> str:
+    found = line.over_seeds(metric)
+    digits = 1 if metric == "mean_tokens" else 3
+    mean, low, high = (f"{value:.{digits}f}" for value in (found.prompts.mean, found.prompts.low, found.prompts.high))
+    if mean == "nan":
+        return ""
+    text = f"{mean} [{low}, {high}]"
+    if len(found.means) > 1:
+        text += f" {min(found.means):.{digits}f} to {max(found.means):.{digits}f}"
+    return text
+
+
+def _differences(part: Part, lines: Sequence[Line]) -> list[str]:
+    """What each run is beside the one the part compares with: paired by seed and prompt."""
+    text = []
+    for line in lines:
+        beside = next((one for one in lines if one.run == part.against and one.values == line.values), None)
+        if beside is None or line is beside:
+            continue
+        mine, theirs = ({row["seed"]: i for i, row in enumerate(one.rows)} for one in (line, beside))
+        seeds = [seed for seed in mine if seed in theirs]
+        if not seeds:
+            continue
+        if not text:
+            text = [
+                f"Differences from {part.against}, paired by seed and prompt, with their own intervals over prompts "
+                "(and over seeds, Student's t, where there are several):",
+                "",
+                "| model | seeds | " + " | ".join(METRICS[metric].label for metric in _DECIDING) + " |",
+                "|" + "---|" * (len(_DECIDING) + 2),
+            ]
+        cells = []
+        for metric in _DECIDING:
+            difference = over_seeds(
+                line.table(metric)[[mine[seed] for seed in seeds]]
+                - beside.table(metric)[[theirs[seed] for seed in seeds]]
+            )
+            cell = _SIGNED.format(difference.prompts.mean, difference.prompts.low, difference.prompts.high)
+            if math.isfinite(difference.seeds.low):
+                cell += f" ({difference.seeds.low:+.3f} to {difference.seeds.high:+.3f})"
+            cells.append(cell)
+        text.append("| " + " | ".join([line.title, str(len(seeds)), *cells]) + " |")
+    return [*text, ""] if text else []
+
+
+def _pictures(
+    part: Part, label: str, starts: Sequence[Line], lines: Sequence[Line], results: Results, folder: Path
+) -> list[str]:
+    text: list[str] = []
+
+    def keep(figure: Figure, name: str, description: str) -> None:
+        path = folder / f"{part.name}-{label}-{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130, metadata={"Software": None})
+        text.extend([f"![{description}]({folder.name}/{path.name})", ""])
+
+    n = lines[0].rows[0]["n"]
+    models = [
+        ModelResult(
+            line.run if not line.values else line.title,
+            line.title,
+            {metric: line.over_seeds(metric).prompts for metric in METRICS if metric in line.rows[0]["models"]["dqo"]},
+        )
+        for line in [*starts, *lines]
+    ]
+    keep(plane_figure(models, n=n), "plane", f"Quality against log-volume, {part.title}, {label}")
+    field = next((name for name, values in part.grid.items() if len(values) > 1), None)
+    if field is not None and all(isinstance(value, (int, float)) for value in part.grid[field]):
+        series = {
+            run: {float(line.values[field]): line for line in lines if line.run == run}
+            for run in dict.fromkeys(line.run for line in lines)
+        }
+        for_metric = {
+            metric: {
+                run: {value: line.over_seeds(metric).prompts for value, line in sorted(found.items())}
+                for run, found in series.items()
+            }
+            for metric in ("quality", "log_volume")
+        }
+        keep(sweep_figure(for_metric, field), "sweep", f"Quality and log-volume over {field}, {label}")
+        return text
+    keep(
+        learning_curves_figure({line.title: _mean_history(line) for line in lines}),
+        "learning",
+        f"Quality and log-volume of the rollouts over training, {label}",
+    )
+    keep(
+        curve_figure(
+            {line.title: curve_intervals(_best(line, results)) for line in [*starts, *lines]},
+            "n",
+            "Expected best quality of n responses",
+        ),
+        "best-of-n",
+        f"Expected best quality of n responses, {label}",
+    )
+    return text
+
+
+def _mean_history(line: Line) -> list[dict[str, float]]:
+    """Mean over the seeds of the metrics that the curves show."""
+    by_step: dict[float, list[dict[str, float]]] = {}
+    for row in line.rows:
+        for one in row["history"]:
+            by_step.setdefault(one["step"], []).append(one)
+    return [
+        {
+            "step": step,
+            **{metric: float(np.mean([one[metric] for one in found])) for metric in ("quality", "log_volume")},
+        }
+        for step, found in sorted(by_step.items())
+    ]
+
+
+def _best(line: Line, results: Results) -> NDArray[np.float64]:
+    """Expected best of 1..n responses for each prompt, the mean over the seeds, shape `(prompts, n)`."""
+    curves = []
+    for row in line.rows:
+        qualities = [one["qualities"] for one in results.responses(row["key"]) if one["model"] == line.model]
+        curves.append(expected_best(qualities))
+    return np.mean(curves, axis=0)
+
+
+def _provenance(rows: Sequence[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    hours = sum(row["seconds"] for row in rows) / 3600
+    machines, libraries = (", ".join(sorted({row[name] for row in rows})) for name in ("machine", "library"))
+    return [
+        "## Where the numbers are from",
+        "",
+        f"{rows[0]['prompts']} evaluation prompts and {rows[0]['n']} responses each. {hours:.1f} hours of runs on "
+        f"{machines}, which did other work at the same time; at most {max(row['memory_gib'] for row in rows):.1f} GiB. "
+        f"Library: {libraries} (version and digest of its source). The rows and all responses lie beside the results.",
+        "",
+    ]
