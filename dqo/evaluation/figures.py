@@ -328,7 +328,8 @@ def sweep_figure(series: Mapping[str, Mapping[str, Mapping[float, Interval]]], f
             look, intervals = looks[run], list(points.values())
             axes.errorbar(
                 list(points), [one.mean for one in intervals], yerr=_arms(intervals),
-                label=look.label, color=look.light, marker=look.marker, markersize=7, markeredgecolor="white", linewidth=2.0, elinewidth=1.4,
+                label=look.label, color=look.light, marker=look.marker, markersize=7, markeredgecolor="white",
+                linewidth=2.0, elinewidth=1.4,
             )  # fmt: skip
         axes.set_title(METRICS[metric].label, loc="left", color=_INK, fontsize=11, fontweight="bold")
         axes.set_xlabel(field, color=_MUTED, fontsize=9)
