@@ -32,7 +32,7 @@ def _column(values: Values, name: str) -> NDArray[np.float64]:
     return column
 
 
-def bootstrap_interval(values: Values, draws: int, confidence: float, seed: int) -> Interval:
+def bootstrap_interval(values: Values, draws: int = 2000, confidence: float = 0.95, seed: int = 0) -> Interval:
     """Mean over prompts with its bootstrap interval.
 
     Args:
@@ -72,7 +72,7 @@ def bootstrap_interval(values: Values, draws: int, confidence: float, seed: int)
     return Interval(mean, float(bounds.low), float(bounds.high))
 
 
-def paired_difference(a: Values, b: Values, draws: int, confidence: float, seed: int) -> Interval:
+def paired_difference(a: Values, b: Values, draws: int = 2000, confidence: float = 0.95, seed: int = 0) -> Interval:
     """Mean of `a - b` over the prompts that both have, with its bootstrap interval.
 
     The same prompts are drawn for both sides, so what makes a prompt hard for both cancels; the interval is
