@@ -149,6 +149,32 @@ def _vendi(gram: Tensor, members: Tensor) -> Tensor:
     return torch.where(members > 0, torch.special.entr(shares.clamp(min=0.0)).sum(-1).exp(), 0.0)
 
 
+def same_meaning(gram: Tensor, threshold: float, mask: Tensor | None = None) -> Tensor:
+    """Which members of a group a chain of similarities links, each of at least the threshold (single linkage).
+
+    Args:
+        gram: Cosine similarities, shape `(..., k, k)`.
+        threshold: Similarity from which two members mean the same.
+        mask: Members that count, boolean, shape `(..., k)`; `None` counts all.
+
+    Returns:
+        Shape `(..., k, k)`, of the gram's dtype: 1 for two members of one class, each with itself, otherwise 0.
+
+    Raises:
+        ValueError: If the threshold is not in (-1, 1].
+    """
+    if not -1.0 < threshold <= 1.0:
+        raise ValueError(f"threshold must be in (-1, 1], got {threshold}")
+    # float32 puts a vector's product with its copy a rounding below 1.
+    linked = gram >= threshold - 1e-6
+    if mask is not None:
+        linked = linked & mask.unsqueeze(-1) & mask.unsqueeze(-2)
+    linked = linked.to(gram.dtype)
+    for _ in range(max(1, (gram.shape[-1] - 1).bit_length())):  # squaring doubles the length of the chains it follows
+        linked = (linked @ linked).clamp(max=1.0)
+    return linked
+
+
 def distinct_bonus(embeddings: Tensor, mask: Tensor | None = None, threshold: float = 0.9) -> Tensor:
     """Share of the other members that mean something else than this one.
 
@@ -163,16 +189,10 @@ def distinct_bonus(embeddings: Tensor, mask: Tensor | None = None, threshold: fl
     Raises:
         ValueError: If a shape does not fit or the threshold is not in (-1, 1].
     """
-    if not -1.0 < threshold <= 1.0:
-        raise ValueError(f"threshold must be in (-1, 1], got {threshold}")
     gram, counted = _gram(embeddings, mask)
-    both = counted.unsqueeze(-1) & counted.unsqueeze(-2)
-    # float32 puts a vector's product with its copy a rounding below 1.
-    linked = ((gram >= threshold - 1e-6) & both).to(gram.dtype)
-    for _ in range(max(1, (gram.shape[-1] - 1).bit_length())):  # squaring doubles the length of the chains it follows
-        linked = (linked @ linked).clamp(max=1.0)
+    together = same_meaning(gram, threshold, counted)
     members = counted.sum(-1, keepdim=True)
-    return torch.where(counted, (members - linked.sum(-1)) / (members - 1).clamp(min=1), 0.0)
+    return torch.where(counted, (members - together.sum(-1)) / (members - 1).clamp(min=1), 0.0)
 
 
 def similarity_bonus(embeddings: Tensor, mask: Tensor | None = None) -> Tensor:

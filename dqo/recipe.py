@@ -22,7 +22,15 @@ from dqo.tasks import problem as unknown_task
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 DiversityMetric = Literal[
-    "distinct_1", "distinct_2", "distinct_4", "self_bleu_diversity", "cosine_distance", "log_volume", "vendi_score"
+    "distinct_1",
+    "distinct_2",
+    "distinct_4",
+    "self_bleu_diversity",
+    "self_rouge_diversity",
+    "cosine_distance",
+    "log_volume",
+    "vendi_score",
+    "semantic_clusters",
 ]
 Score = Literal[
     "log_volume", "elliptical", "cosine_distance", "vendi", "distinct", "similarity", "likelihood", "entropy"

@@ -10,9 +10,12 @@ language the embedding metrics are the ones to read.
 
 A response without a word (empty, or punctuation only) stays a member of its group, under one rule: such responses are
 all the same response. So a policy that falls silent is never credited for more than one way of doing it. A group of
-nothing else has `self_bleu_diversity` 0 and no `distinct_n` (nan: there is no n-gram to count). Embeddings are those
-of the text as it is: empty responses coincide, and a group of nothing else is at the lower bound of the embedding
-metrics.
+nothing else has `self_bleu_diversity` and `self_rouge_diversity` 0 and no `distinct_n` (nan: there is no n-gram to
+count). Embeddings are those of the text as it is: empty responses coincide, and a group of nothing else is at the lower
+bound of the embedding metrics.
+
+The same functions behind the interface of the `evaluate` library are in `dqo.evaluation.evaluate_metrics`; sources and
+blind spots of each metric are in docs/metrics.md.
 """
 
 import math
@@ -28,12 +31,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dqo import determinant
+from dqo.diversity import same_meaning
 
 Groups = Sequence[Sequence[str]]
 PerPrompt = NDArray[np.float64]
 
 _WORD = re.compile(r"\w+(?:['\u2019]\w+)*")
 _BLEU_ORDERS = 4
+CLUSTER_THRESHOLD = 0.8
+"""Cosine similarity from which two responses mean the same, whatever the training used, so that runs compare."""
+
 _BLEU_EPSILON = 0.1  # matches credited where there is none: nltk's SmoothingFunction().method1
 _UNIT_NORM_TOLERANCE = 0.01  # half precision stays far below; embeddings nobody normalised do not
 
@@ -69,6 +76,12 @@ METRICS: dict[str, Metric] = {
         "0 (every response repeats another one) to 1 (no word in common)",
         "One minus the mean BLEU-4 of each response against the others of its group.",
     ),
+    "self_rouge_diversity": Metric(
+        "1 - self-ROUGE",
+        "higher",
+        "0 (every response repeats the others) to 1 (no word in common)",
+        "One minus the mean ROUGE-L F1 over the pairs of the group's responses.",
+    ),
     "cosine_distance": Metric(
         "Cosine distance",
         "higher",
@@ -86,6 +99,13 @@ METRICS: dict[str, Metric] = {
         "higher",
         "1 (all mean the same) to n (nothing in common)",
         "Effective number of different responses: exp of the entropy of the eigenvalues of L / n.",
+    ),
+    "semantic_clusters": Metric(
+        "Semantic clusters",
+        "higher",
+        "1 (all mean the same) to n (all mean something else)",
+        f"Clusters of the group's embeddings: a chain of cosine similarities of {CLUSTER_THRESHOLD} or more links a "
+        "cluster (single linkage).",
     ),
     "duplicate_rate": Metric(
         "Duplicates",
@@ -203,6 +223,59 @@ def self_bleu_diversity(groups: Groups) -> PerPrompt:
     return np.array(values, dtype=np.float64)
 
 
+def _rouge_l_of_pairs(group: list[list[str]]) -> list[float]:
+    """ROUGE-L F1 of every pair of the group, in no stated order.
+
+    The longest common subsequences of a response with all members before it are found at once: a bit of `unmatched`
+    stands for a word of a member, and each word of the response moves every member's bits by one addition. A bit that
+    stays 0 lies between two members and takes the carry.
+    """
+    places: dict[str, int] = {}
+    every_place = 0
+    lanes: list[tuple[int, int, int]] = []  # of each member so far: its first bit, a mask as long as it, its length
+    end = 0
+    scores = []
+    for words in group:
+        unmatched = every_place
+        for word in words:
+            if place := places.get(word):
+                unmatched = (unmatched + (unmatched & place) | unmatched & ~place) & every_place
+        for start, mask, length in lanes:
+            shared = length - (unmatched >> start & mask).bit_count()
+            scores.append(2 * shared / (length + len(words)) if length or words else 1.0)
+        mask = (1 << len(words)) - 1
+        for position, word in enumerate(words, start=end):
+            places[word] = places.get(word, 0) | 1 << position
+        every_place |= mask << end
+        lanes.append((end, mask, len(words)))
+        end += len(words) + 1
+    return scores
+
+
+def self_rouge_diversity(groups: Groups) -> PerPrompt:
+    """One minus self-ROUGE: the mean ROUGE-L F1 over the pairs of a group's responses.
+
+    ROUGE-L F1 of a pair is `2 LCS / (a + b)`, with LCS the length of the longest common subsequence of their
+    lower-cased words and a, b their lengths. It is that of the package rouge-score without its stemmer, but for the
+    words (see the module) and for two responses without a word, whose F1 is 1 here and 0 there.
+
+    Args:
+        groups: Responses, prompts x any number.
+
+    Returns:
+        Shape `(prompts,)`, in [0, 1]; nan for a group of fewer than two responses.
+
+    Source: ROUGE-L by Lin, 2004 (ROUGE: A Package for Automatic Evaluation of Summaries); the additions that find the
+    subsequences by Hyyrö, 2004 [second hand], many members in one integer [ours]. The mean over pairs is our reading of
+    "self-ROUGE" [ours]: the method's paper is not at hand to compare with.
+    """
+    values = []
+    for group in groups:
+        scores = _rouge_l_of_pairs([_words(response) for response in group])
+        values.append(1.0 - math.fsum(scores) / len(scores) if scores else math.nan)
+    return np.array(values, dtype=np.float64)
+
+
 def duplicate_rate(groups: Groups) -> PerPrompt:
     """Share of responses that equal an earlier one of their group once case and white space are folded.
 
@@ -289,6 +362,29 @@ def vendi_score(embeddings: Tensor) -> PerPrompt:
     return torch.special.entr(eigenvalues.clamp(min=0.0)).sum(dim=-1).exp().cpu().numpy()
 
 
+def semantic_clusters(embeddings: Tensor, threshold: float = CLUSTER_THRESHOLD) -> PerPrompt:
+    """Number of clusters of each group under single linkage: "distinct@k" with an encoder as the judge of sameness.
+
+    Two responses share a cluster when a chain of responses links them, each similar to the next by at least the
+    threshold: `scipy.cluster.hierarchy.fcluster(linkage(x, "single", "cosine"), 1 - threshold, "distance")`. The result
+    does not depend on the order of the responses.
+
+    Args:
+        embeddings: Unit-norm response embeddings, shape `(prompts, n, d)`.
+        threshold: Cosine similarity from which two responses mean the same, in (-1, 1]; met within 1e-6.
+
+    Returns:
+        Shape `(prompts,)`, whole numbers in [1, n].
+
+    Raises:
+        ValueError: If the shape is another, a norm is not 1 or the threshold is out of range.
+    """
+    vectors = _unit_vectors(embeddings)
+    together = same_meaning(vectors @ vectors.mT, threshold)
+    # Every member stands for one part of its cluster.
+    return (1.0 / together.sum(dim=-1)).sum(dim=-1).round().double().cpu().numpy()
+
+
 def _scores(qualities: Sequence[Sequence[float | None]]) -> list[PerPrompt]:
     """Scorable qualities of each prompt."""
     rows = [np.asarray(row, dtype=np.float64) for row in qualities]  # None becomes nan
@@ -362,9 +458,11 @@ def group_metrics(
         "distinct_2": distinct_n(groups, 2),
         "distinct_4": distinct_n(groups, 4),
         "self_bleu_diversity": self_bleu_diversity(groups),
+        "self_rouge_diversity": self_rouge_diversity(groups),
         "cosine_distance": cosine_distance(embeddings),
         "log_volume": log_volume(embeddings),
         "vendi_score": vendi_score(embeddings),
+        "semantic_clusters": semantic_clusters(embeddings),
         "duplicate_rate": duplicate_rate(groups),
         "truncation_rate": np.array([np.mean(row) for row in truncated], dtype=np.float64),
         "mean_tokens": np.array([np.mean(row) for row in token_counts], dtype=np.float64),

@@ -37,7 +37,7 @@ _MINUS = "\u2212"
 _NOT_MEASURED = "n/a"
 _SHOWN_FIRST = ("log_volume", "quality", "self_bleu_diversity", "best_of_n")
 # These look at words alone: nothing of them is in the objective, not even the sentence encoder.
-_WORD_DIVERSITY = ("distinct_1", "distinct_2", "distinct_4", "self_bleu_diversity")
+_WORD_DIVERSITY = ("distinct_1", "distinct_2", "distinct_4", "self_bleu_diversity", "self_rouge_diversity")
 _DIVERSITY = ("log_volume", "self_bleu_diversity", "vendi_score", "distinct_2", "cosine_distance")
 # What the trainers log beside the metrics of METRICS.
 _TRAINING_LABELS = {

@@ -8,7 +8,10 @@ import pytest
 import torch
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from nltk.util import ngrams
+from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.sparse.csgraph import connected_components
 from vendi_score import vendi
 
 from dqo.evaluation import metrics
@@ -110,6 +113,49 @@ def test_self_bleu_ignores_order_case_and_punctuation():
     assert values[0] == pytest.approx(1 - nltk_self_bleu(plain), abs=1e-12)
 
 
+def pairs_rouge(group: list[str]) -> list[float]:
+    scorer = RougeScorer(["rougeL"])
+    return [scorer.score(a, b)["rougeL"].fmeasure for a, b in itertools.combinations(group, 2)]
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_self_rouge_equals_rouge_score(shape):
+    groups = random_groups(seed=7, **shape)
+    expected = [1 - np.mean(pairs_rouge(group)) for group in groups]
+    np.testing.assert_allclose(metrics.self_rouge_diversity(groups), expected, rtol=0, atol=1e-12)
+
+
+def test_self_rouge_of_text_with_case_and_punctuation_equals_rouge_score():
+    group = ["The cat sat on a mat.", "a dog, on the mat", "THE CAT!", "on a mat the dog sat: 2 times"]
+    assert metrics.self_rouge_diversity([group]) == pytest.approx(1 - np.mean(pairs_rouge(group)), abs=1e-12)
+
+
+def test_self_rouge_by_hand():
+    # "a c d" is the longest common subsequence: F1 = 2 * 3 / (4 + 5). Two words of no other order in common: 2 * 1 / 4.
+    np.testing.assert_allclose(metrics.self_rouge_diversity([["a b c d", "a c x d y"], ["a b", "b a"]]), [1 / 3, 1 / 2])
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 63, 64, 65, 200])
+def test_self_rouge_of_lengths_around_machine_words(length):
+    # A carry out of one response's bits must not reach the next one's: the same word fills all of them.
+    group = ["a " * length, "a " * (length + 1), "a " * 3, "b " * length]
+    assert metrics.self_rouge_diversity([group]) == pytest.approx(1 - np.mean(pairs_rouge(group)), abs=1e-12)
+
+
+@pytest.mark.parametrize("text", ["yes", "the cat", "", "...", "the the the the the", "a " * 50])
+def test_identical_responses_have_no_self_rouge_diversity(text):
+    assert metrics.self_rouge_diversity([[text] * 5]) == [0.0]
+
+
+def test_responses_without_a_word_are_the_same_response_to_self_rouge():
+    # One pair of silent members (F1 1), two pairs of a silent and a speaking one (F1 0).
+    assert metrics.self_rouge_diversity([["", "?!", "a b c d"]]) == pytest.approx(1 - 1 / 3, abs=1e-12)
+
+
+def test_self_rouge_needs_two_responses():
+    assert np.isnan(metrics.self_rouge_diversity([["a b"], []])).all()
+
+
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_distinct_n_equals_brute_force(n):
     groups = random_groups(seed=3, prompts=50, n=4, words=range(4, 12), vocabulary=5)
@@ -186,6 +232,36 @@ def test_embedding_metrics_equal_second_implementations(n):
     np.testing.assert_allclose(metrics.vendi_score(embeddings), vendi_package, rtol=1e-9)
 
 
+@pytest.mark.parametrize("threshold", [-0.5, 0.0, 0.3, 0.6, 0.9, 1.0])
+@pytest.mark.parametrize("n", [2, 3, 8, 21])
+def test_semantic_clusters_equal_second_implementations(n, threshold):
+    embeddings = unit(np.random.default_rng(8).normal(size=(20, n, 4)) + 0.6)
+    values = metrics.semantic_clusters(embeddings, threshold)
+    hierarchies = [linkage(group, "single", metric="cosine") for group in embeddings.numpy()]
+    np.testing.assert_array_equal(values, [fcluster(h, 1 - threshold, "distance").max() for h in hierarchies])
+    graphs = [brute_gram(group) >= threshold for group in embeddings.numpy()]
+    np.testing.assert_array_equal(values, [connected_components(graph)[0] for graph in graphs])
+
+
+def arc(*degrees: float) -> torch.Tensor:
+    angles = np.radians(degrees)
+    return torch.tensor(np.stack([np.cos(angles), np.sin(angles)], axis=-1))[None]
+
+
+def test_a_chain_is_one_cluster():
+    # Neighbours 20 degrees apart (cosine 0.94), the ends 100 degrees apart: single linkage joins them all.
+    assert metrics.semantic_clusters(arc(0, 20, 40, 60, 80, 100), 0.9) == [1.0]
+    assert metrics.semantic_clusters(arc(0, 20, 40, 70, 90, 110), 0.9) == [2.0]
+    assert metrics.semantic_clusters(arc(0, 30, 60, 90), 0.9) == [4.0]
+    assert metrics.semantic_clusters(arc(60, 0, 90, 30), 0.86) == [1.0]
+
+
+@pytest.mark.parametrize("threshold", [-1.0, 1.1, math.nan])
+def test_a_threshold_that_is_no_cosine_is_refused(threshold):
+    with pytest.raises(ValueError, match="threshold must be in"):
+        metrics.semantic_clusters(arc(0, 20), threshold)
+
+
 def test_embedding_metrics_closed_forms():
     axes = np.eye(8)
     coincident, orthogonal, two_clusters = axes[[0] * 4], axes[:4], axes[[0, 0, 1, 1]]
@@ -212,9 +288,12 @@ def test_rounded_embeddings_stay_within_the_ranges(dtype):
     assert (metrics.cosine_distance(embeddings) >= 0).all()
     np.testing.assert_allclose(metrics.log_volume(embeddings), math.log(9), rtol=1e-12)
     np.testing.assert_allclose(metrics.vendi_score(embeddings), 1, rtol=1e-9)
+    np.testing.assert_array_equal(metrics.semantic_clusters(embeddings, 1.0), np.ones(6))
 
 
-@pytest.mark.parametrize("metric", [metrics.cosine_distance, metrics.log_volume, metrics.vendi_score])
+@pytest.mark.parametrize(
+    "metric", [metrics.cosine_distance, metrics.log_volume, metrics.vendi_score, metrics.semantic_clusters]
+)
 @pytest.mark.parametrize("factor", [2.0, 0.0, math.nan])
 def test_embeddings_that_are_not_unit_vectors_are_refused(metric, factor):
     embeddings = unit(np.ones((2, 3, 4)))
@@ -223,7 +302,9 @@ def test_embeddings_that_are_not_unit_vectors_are_refused(metric, factor):
         metric(embeddings)
 
 
-@pytest.mark.parametrize("metric", [metrics.cosine_distance, metrics.log_volume, metrics.vendi_score])
+@pytest.mark.parametrize(
+    "metric", [metrics.cosine_distance, metrics.log_volume, metrics.vendi_score, metrics.semantic_clusters]
+)
 def test_one_group_without_the_prompt_axis_is_refused(metric):
     with pytest.raises(ValueError, match=r"\(prompts, n, d\), got \(3, 4\)"):
         metric(unit(np.ones((3, 4))))
@@ -259,9 +340,11 @@ def test_group_metrics_is_every_metric_of_the_table():
         "distinct_2": metrics.distinct_n(inputs["groups"], 2),
         "distinct_4": metrics.distinct_n(inputs["groups"], 4),
         "self_bleu_diversity": metrics.self_bleu_diversity(inputs["groups"]),
+        "self_rouge_diversity": metrics.self_rouge_diversity(inputs["groups"]),
         "cosine_distance": metrics.cosine_distance(inputs["embeddings"]),
         "log_volume": metrics.log_volume(inputs["embeddings"]),
         "vendi_score": metrics.vendi_score(inputs["embeddings"]),
+        "semantic_clusters": metrics.semantic_clusters(inputs["embeddings"], 0.8),
         "duplicate_rate": metrics.duplicate_rate(inputs["groups"]),
         "truncation_rate": [0.75] * 3,
         "mean_tokens": [5.0] * 3,

@@ -195,14 +195,14 @@ def test_measures_of_words_confirm_or_not(data):
     ours = {"distinct_1": better, "distinct_2": same, "distinct_4": worse, "self_bleu_diversity": better}
     models = [*data.models[:3], replace(data.model, metrics={**data.model.metrics, **ours})]
     changed = replace(data, models=models)
-    assert report.agreement(changed) == (2, 4)
+    assert report.agreement(changed) == (2, 5)
     assert (
-        "Of 4 measures that look at words alone, and were not trained on, 2 also find"
+        "Of 5 measures that look at words alone, and were not trained on, 2 also find"
         in Page(report.render(changed)).words
     )
-    assert report.agreement(data) == (0, 4)
+    assert report.agreement(data) == (0, 5)
     absent = replace(models[3], metrics={**models[3].metrics, "distinct_1": Interval(NAN, NAN, NAN)})
-    assert report.agreement(replace(data, models=[*data.models[:3], absent])) == (1, 3)
+    assert report.agreement(replace(data, models=[*data.models[:3], absent])) == (1, 4)
 
 
 def test_finding_without_bounds_claims_no_difference(data):

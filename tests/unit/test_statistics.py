@@ -1,9 +1,19 @@
+import itertools
 import math
 
 import numpy as np
 import pytest
 
-from dqo.evaluation.statistics import Interval, bootstrap_interval, overlap, paired_difference
+from dqo.evaluation.statistics import (
+    Interval,
+    bootstrap_interval,
+    compare,
+    holm,
+    over_seeds,
+    overlap,
+    paired_difference,
+    paired_p_value,
+)
 
 SETTINGS = {"draws": 2000, "confidence": 0.95, "seed": 0}
 NAN = math.nan
@@ -145,3 +155,138 @@ def test_paired_difference_refuses_other_prompts():
 def test_overlap(a, b, expected):
     assert overlap(a, b) is expected
     assert overlap(b, a) is expected
+
+
+def test_coverage_of_the_paired_difference():
+    # Prompts differ far more from one another than the two models do; the difference is bounded and skewed.
+    held = 0
+    for seed in range(1000):
+        rng = np.random.default_rng(seed)
+        hardness = rng.normal(0, 5, size=48)
+        interval = paired_difference(hardness + rng.beta(2, 4, size=48), hardness, 1000, 0.95, seed)
+        held += interval.low <= 1 / 3 <= interval.high
+    assert 0.93 <= held / 1000 <= 0.97
+
+
+def runs(rng: np.random.Generator, seeds: int, prompts: int = 48) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values of several training runs with what made them: an effect of each run and one of each prompt."""
+    of_seed = rng.normal(0, 0.5, size=(seeds, 1))
+    of_prompt = rng.normal(0, 2.0, size=prompts)
+    return 1.0 + of_seed + of_prompt + rng.normal(0, 1, size=(seeds, prompts)), of_seed, of_prompt
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_coverage_over_prompts_given_the_training_runs(seeds):
+    held = 0
+    for repetition in range(1000):
+        values, of_seed, _ = runs(np.random.default_rng(repetition), seeds)
+        interval = over_seeds(values, 500, seed=repetition).prompts
+        held += interval.low <= 1.0 + of_seed.mean() <= interval.high
+    assert 0.93 <= held / 1000 <= 0.97
+
+
+@pytest.mark.parametrize("seeds", [2, 5])
+def test_coverage_over_training_runs_given_the_prompts(seeds):
+    held = 0
+    for repetition in range(1000):
+        values, _, of_prompt = runs(np.random.default_rng(repetition), seeds)
+        interval = over_seeds(values, 100).seeds
+        held += interval.low <= 1.0 + of_prompt.mean() <= interval.high
+    assert 0.93 <= held / 1000 <= 0.97
+
+
+def test_over_seeds_by_hand():
+    result = over_seeds([[1.0, 3.0, NAN], [2.0, 6.0, 9.0], [3.0, 9.0, 9.0]])
+    # Means 2, 4, 6 of the two prompts that all runs have: standard deviation 2, t(2 degrees, 97.5 %) = 4.3027.
+    assert result.means == (2.0, 4.0, 6.0)
+    assert result.prompts.mean == result.seeds.mean == 4.0
+    assert result.seeds.high == pytest.approx(4 + 4.302653 * 2 / math.sqrt(3), rel=1e-6)
+    assert result.seeds.low == pytest.approx(4 - 4.302653 * 2 / math.sqrt(3), rel=1e-6)
+    assert result.prompts == bootstrap_interval([2.0, 6.0])
+
+
+@pytest.mark.filterwarnings("error")
+def test_over_seeds_of_one_run_and_of_nothing():
+    single = over_seeds([[1.0, 2.0]])
+    assert single.seeds.mean == 1.5 and np.isnan([single.seeds.low, single.seeds.high]).all()
+    assert np.isnan(over_seeds([[NAN], [1.0]]).means).all()
+    for wrong in ([1.0, 2.0], np.zeros((0, 3))):
+        with pytest.raises(ValueError, match="shape \\(seeds, prompts\\)"):
+            over_seeds(wrong)
+
+
+def test_p_value_of_few_prompts_is_enumerated():
+    rng = np.random.default_rng(7)
+    a, b = rng.normal(size=7), rng.normal(-0.8, 1, size=7)
+    observed = abs(np.mean(a - b))
+    swapped = [abs(np.mean((a - b) * signs)) for signs in itertools.product([1, -1], repeat=7)]
+    assert paired_p_value(a, b) == pytest.approx(np.mean(np.array(swapped) >= observed - 1e-12))
+    assert paired_p_value([*a, NAN], [*b, 1.0]) == paired_p_value(b, a)
+
+
+def test_p_value_of_many_prompts_is_that_of_the_t_test():
+    rng = np.random.default_rng(8)
+    difference = rng.normal(0.15, 1.0, size=200)
+    t = difference.mean() / (difference.std(ddof=1) / math.sqrt(200))
+    normal = math.erfc(abs(t) / math.sqrt(2))
+    assert paired_p_value(difference, np.zeros(200)) == pytest.approx(normal, abs=0.02)
+    assert paired_p_value(difference, difference) == 1.0
+    assert paired_p_value(difference + 9, difference) == pytest.approx(1e-4)
+    assert math.isnan(paired_p_value([NAN], [1.0]))
+
+
+def test_p_values_of_equal_models_hold_their_level():
+    found = 0
+    for seed in range(1000):
+        rng = np.random.default_rng(seed)
+        hardness = rng.normal(0, 5, size=48)
+        found += paired_p_value(hardness + rng.laplace(size=48), hardness + rng.laplace(size=48), 199, seed) <= 0.05
+    assert 0.03 <= found / 1000 <= 0.07
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_holm_is_the_closed_test_of_bonferroni(seed):
+    rng = np.random.default_rng(seed)
+    p = dict(zip("abcde", rng.choice([0.001, 0.01, 0.012, 0.04, 0.3, 0.9, 1.0], size=5), strict=True))
+    subsets = [s for size in range(1, 6) for s in itertools.combinations(p, size)]
+    # A hypothesis falls when every set of hypotheses that holds it does.
+    expected = {
+        name: max(min(1.0, len(subset) * min(p[other] for other in subset)) for subset in subsets if name in subset)
+        for name in p
+    }
+    assert holm(p) == pytest.approx(expected)
+    assert list(holm(p)) == list(p)
+
+
+def test_holm_keeps_the_chance_of_any_false_finding():
+    rng = np.random.default_rng(9)
+    false, unadjusted = 0, 0
+    for _ in range(2000):
+        p = {str(i): value for i, value in enumerate(rng.random(8))}
+        false += min(holm(p).values()) <= 0.05
+        unadjusted += min(p.values()) <= 0.05
+    assert 0.03 <= false / 2000 <= 0.06
+    assert unadjusted / 2000 > 0.3
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, NAN])
+def test_what_is_no_p_value_is_refused(value):
+    with pytest.raises(ValueError, match=r"got .* for b"):
+        holm({"a": 0.5, "b": value})
+    assert holm({}) == {}
+
+
+def test_compare_is_its_parts():
+    rng = np.random.default_rng(10)
+    b = {name: rng.normal(size=30) for name in ("x", "y", "z")}
+    a = {"z": b["z"] + rng.normal(0.9, 1, 30), "y": b["y"] + rng.normal(0.4, 1, 30), "gone": [1.0] * 30}
+    a |= {"x": [None] * 30}
+    result = compare(a, b, 300, 0.9, 3)
+    assert list(result) == ["z", "y", "x"]
+    assert result["y"].difference == paired_difference(a["y"], b["y"], 300, 0.9, 3)
+    p = {name: paired_p_value(a[name], b[name], seed=3) for name in ("z", "y")}
+    assert {name: result[name].p_value for name in p} == p
+    assert {name: result[name].adjusted for name in p} == holm(p)
+    assert math.isnan(result["x"].p_value) and math.isnan(result["x"].adjusted)
+    with pytest.raises(ValueError, match="no metric is in both"):
+        compare(a, {"other": [1.0]})
