@@ -149,7 +149,7 @@ def _cell(line: Line, metric: str) -> str:
 
 def _differences(part: Part, lines: Sequence[Line]) -> list[str]:
     """What each run is beside the one the part compares with: paired by seed and prompt."""
-    text = []
+    text: list[str] = []
     for line in lines:
         beside = next((one for one in lines if one.run == part.against and one.values == line.values), None)
         if beside is None or line is beside:

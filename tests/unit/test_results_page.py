@@ -1,0 +1,110 @@
+"""The page of an experiment's results against numpy, from rows with known values."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dqo.evaluation.metrics import METRICS
+from dqo.recipe import parse
+from pipelines.experiment import Cell, Experiment, Results
+from pipelines.results import write_page
+
+PROMPTS, N = 12, 4
+EXPERIMENT = Experiment.model_validate(
+    {
+        "name": "grid",
+        "title": "A grid",
+        "text": "What it is about.",
+        "recipes": {"story": "tiny.yaml"},
+        "parts": [
+            {
+                "name": "methods", "title": "Methods", "seeds": [0, 1, 2], "against": "reward-only",
+                "runs": {"reward-only": {}, "dqo": {}, "vendi": {}},
+            },
+            {"name": "alpha", "title": "Alpha", "text": "A sweep.", "grid": {"method.alpha": [0.0, 2.0]}},
+            {"name": "later", "title": "Later", "runs": {"other": {}}},
+        ],
+    }
+)  # fmt: skip
+
+
+def cell(part: str, run: str, seed: int, values: dict | None = None) -> Cell:
+    number = ["reward-only", "dqo", "vendi", "other"].index(run) + 10 * bool(values)
+    text = f"name: a\nseed: {seed}\nregistry: {{name: r{number}-{list((values or {}).values())}}}".replace("[", "x")
+    return Cell(part, "story", run, values or {}, seed, parse(text.replace("]", "")))
+
+
+def row(one: Cell, shift: float) -> tuple[dict, list[dict]]:
+    draw = np.random.default_rng(one.seed)
+    base = draw.uniform(0.2, 0.8, (PROMPTS, N))
+    models, responses = {}, []
+    for name, offset in (("base", -0.1), ("sft", 0.0), ("dqo", shift)):
+        qualities = base + offset
+        models[name] = {metric: (qualities.mean(1) + 0.01 * i).tolist() for i, metric in enumerate(METRICS)}
+        responses += [{"model": name, "qualities": group} for group in qualities.tolist()]
+    history = [{"step": step, "quality": shift + step / 10, "log_volume": 2.0 - step / 10} for step in (1, 2, 3)]
+    result = {"key": one.key, "seed": one.seed, "prompts": PROMPTS, "n": N, "models": models, "history": history}
+    return result | {"seconds": 60, "machine": "m", "memory_gib": 1.0, "library": "0.1.0+a"}, responses
+
+
+@pytest.fixture
+def page(tmp_path) -> tuple[str, Path]:
+    results = Results(tmp_path / "results", "grid")
+    cells = [cell("methods", run, seed) for seed in range(3) for run in ("reward-only", "dqo", "vendi")]
+    cells += [cell("alpha", "dqo", 0, {"method.alpha": alpha}) for alpha in (0.0, 2.0)]
+    cells.append(cell("later", "other", 0))
+    shifts = {"reward-only": 0.1, "dqo": 0.15, "vendi": 0.05}
+    for one in cells:
+        if one.run == "other" or (one.run == "vendi" and one.seed > 0):
+            continue  # not run yet
+        results.add(*row(one, shifts[one.run] + one.seed / 100))
+    assert len(results.rows()) == 9
+    write_page(EXPERIMENT, cells, results, tmp_path / "page.md")
+    return (tmp_path / "page.md").read_text(), tmp_path
+
+
+def lines_of(text: str, start: str) -> list[list[str]]:
+    return [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith(start)]
+
+
+def test_means_are_over_prompts_and_seeds(page):
+    text, _ = page
+    tables = [
+        np.random.default_rng(seed).uniform(0.2, 0.8, (PROMPTS, N)).mean(1) + 0.15 + seed / 100 for seed in range(3)
+    ]
+    found = lines_of(text, "| dqo |")[0][1]
+    assert found.startswith(f"{np.mean(tables):.3f} [")
+    assert found.endswith(f"] {min(t.mean() for t in tables):.3f} to {max(t.mean() for t in tables):.3f}")
+
+
+def test_differences_are_paired(page):
+    text, _ = page
+    first, second = (line for line in lines_of(text, "| ") if line[0] in ("dqo", "vendi") and len(line) == 7)
+    # Equal responses but for a shift that is the same on every prompt and seed: no spread is left.
+    assert first[:3] == ["dqo", "3", "+0.050 [+0.050, +0.050] (+0.050 to +0.050)"]
+    assert second[:3] == ["vendi", "1", "-0.050 [-0.050, -0.050]"]
+
+
+def test_what_is_missing_is_said(page):
+    text, _ = page
+    assert "9 of 12 runs are finished" in text
+    assert "Not finished: vendi (1 of 3 seeds)." in text
+    assert text.split("## Later")[1].strip().startswith("Not run yet (1 runs).")
+
+
+def test_pictures_are_those_of_the_parts(page):
+    text, folder = page
+    pictures = sorted(path.name for path in (folder / "page").iterdir())
+    assert pictures == [
+        "alpha-story-plane.png", "alpha-story-sweep.png",
+        "methods-story-best-of-n.png", "methods-story-learning.png", "methods-story-plane.png",
+    ]  # fmt: skip
+    assert all(f"](page/{name})" in text for name in pictures)
+    assert all((folder / "page" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+
+
+def test_the_sweep_names_its_values_and_the_source_is_stated(page):
+    text, _ = page
+    assert [line[0] for line in lines_of(text, "| dqo (")] == ["dqo (alpha 0.0)", "dqo (alpha 2.0)"]
+    assert "12 evaluation prompts and 4 responses each. 0.1 hours" in text and "0.1.0+a" in text
