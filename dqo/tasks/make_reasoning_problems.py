@@ -419,7 +419,7 @@ def _three_days(rng: random.Random) -> Problem | None:
 
 def _wages(rng: random.Random) -> Problem | None:
     who, ware = rng.choice(_PEOPLE), rng.choice(_WARES)
-    rate, hours = rng.randint(4, 12), rng.randint(2, 3)
+    rate, hours = rng.randint(4, 9), rng.randint(2, 3)
     earned = rate * hours
     spent = rng.randint(2, min(earned - 1, 15))
     left = earned - spent
@@ -436,6 +436,8 @@ def _two_kinds_shared(rng: random.Random) -> Problem | None:
     holder, (first, second) = rng.choice(_PACKING), rng.sample(_FOOD, 2)
     groups, one, two = rng.randint(2, 5), rng.randint(1, 6), rng.randint(1, 6)
     firsts, seconds, each = groups * one, groups * two, one + two
+    if one == two:
+        return None
     return _problem(
         f"{firsts} {first.many} and {seconds} {second.many} are put into {groups} {holder.many}, the same number in "
         f"each. How many pieces go into one {holder.one}?",
