@@ -53,7 +53,7 @@ def get_task(name: str) -> Task:
             f"task: got {name!r}, but {path!r} has no {attribute!r}; expected the name of a dqo.tasks.Task in it"
         ) from None
     if not isinstance(task, Task):
-        raise DQOError(f"task: {name!r} is a {type(task).__name__}; expected a dqo.tasks.Task")
+        raise DQOError(f"task: {name!r} is of type {type(task).__name__}; expected a dqo.tasks.Task")
     return task
 
 

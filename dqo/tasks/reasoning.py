@@ -39,7 +39,7 @@ FORM_SHARE = 0.1
 MIN_WORDS = 3
 """Different words that a working has."""
 
-# It warns that a caller who switches its timeouts off has to stop long calculations; there are none among plain numbers.
+# It warns that who switches its timeouts off has to stop long calculations; plain numbers take none.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 # Every repetition is bounded or atomic, so that no text makes these slow.
@@ -68,7 +68,7 @@ _TOKEN = re.compile(rf"{_PLAIN}|{_SIGN}", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Form:
-    """How well a response is formed as a worked solution: parts in [0, 1], each 1 when there is nothing to object to."""
+    """How well a response is formed as a worked solution: parts in [0, 1], each 1 when nothing is to object to."""
 
     single: float
     """1 if one answer is stated in the asked-for form, and only one in any form, else 0."""
@@ -176,9 +176,12 @@ def _same(gold: tuple[Any, ...], number: str) -> bool:
     return verify(list(gold), list(_parsed(number)), timeout_seconds=None)
 
 
+_ASKED = 'Show the calculation briefly and end with "The answer is" and the number.'
+
+
 def prompt(row: Row) -> list[Message]:
     """Ask for a short worked solution that ends in the form the reward reads."""
-    return [{"role": "user", "content": f"{row['question']} Explain briefly, then finish with: The answer is N."}]
+    return [{"role": "user", "content": f"{row['question']} {_ASKED}"}]
 
 
 def check(row: Row) -> str | None:
@@ -209,11 +212,11 @@ _ANNOTATION = re.compile(r"<<[^<>\n]*>>")
 
 
 def _from_gsm8k(row: Row) -> dict[str, Any]:
-    """Turn GSM8K's form, a solution with `<<48/2=24>>` after each calculation and `#### 24` as its last line, into ours.
+    """Turn GSM8K's form into ours: a solution with `<<48/2=24>>` in each calculation, and `#### 24` as its last line.
 
-    Lines become sentences of one paragraph.
+    The lines become sentences of one paragraph.
     """
-    solution, mark, gold = row["answer"].rpartition("####")
+    solution, mark, gold = row["answer"].rpartition("####") if isinstance(row["answer"], str) else ("", "", "")
     if not mark:
         raise ValueError(f"answer: got {row['answer']!r}; expected a solution whose last line is '#### <number>'")
     lines = (line.strip() for line in _ANNOTATION.sub("", solution).splitlines())
