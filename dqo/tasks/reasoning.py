@@ -183,9 +183,9 @@ def prompt(row: Row) -> list[Message]:
     """Ask for a short worked solution that ends in the form the reward reads.
 
     Of five wordings tried on SmolLM2-135M-Instruct (16 problems, 6 responses each, temperature 1, 48 tokens) none made
-    much of a difference: an answer was stated in 5 to 18 % of the responses, and 3 of all 480 were right. This one, then
-    with "in one short sentence" for "briefly" (GSM8K takes several), had the highest mean reward, 0.024, and the
-    fewest responses that were cut, 26 %. So the form is learned from demonstrations, not from the prompt.
+    much of a difference: an answer was stated in 5 to 18 % of the responses, and 3 of all 480 were right. This one had
+    the highest mean reward, 0.024, and the fewest responses that were cut, 26 %; it then said "in one short sentence"
+    where "briefly" stands now, since GSM8K takes several. The form is learned from demonstrations, not from the prompt.
     """
     return [{"role": "user", "content": f"{row['question']} {_ASKED}"}]
 
