@@ -209,7 +209,7 @@ def _shared_equally(rng: random.Random) -> Problem | None:
     if total > LARGEST:
         return None
     return _problem(
-        f"{_count(total, thing).capitalize()} are shared equally among {_count(people, group)}. How many {thing.many} "
+        f"{_count(total, thing)} are shared equally among {_count(people, group)}. How many {thing.many} "
         f"does each {group.one} get?",
         each,
         f"Divide the {total} {thing.many} by {people}: {total} / {people} = {each}.",
@@ -465,7 +465,7 @@ def _teams(rng: random.Random) -> Problem | None:
     if total > LARGEST or teams == size:
         return None
     return _problem(
-        f"{_count(total, group).capitalize()} form teams of {size}. How many teams are there?",
+        f"{_count(total, group)} form teams of {size}. How many teams are there?",
         teams,
         f"Split {total} into parts of {size}: {total} / {size} = {teams} teams.",
         f"{teams} teams of {size} use up everyone, as {teams} x {size} = {total}.",
