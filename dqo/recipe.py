@@ -55,9 +55,10 @@ class Data(_Section):
     revision: str | None = None
     """Commit or tag of a hub data set."""
     subset: str | None = None
-    """Configuration name of a hub data set."""
-    split: str = "train"
-    """Split of a hub data set; the train/evaluation split is always made here, by a hash of the prompt."""
+    """Configuration name of a hub data set; `null` takes the public set's own, or the only one."""
+    split: str | None = None
+    """Split of a hub data set; `null` takes the public set's own, or `train`. The train/evaluation split is always made
+    here, by a hash of the prompt."""
     columns: dict[str, str] = {}
     """Field of the task -> column of the source, where the names differ, e.g. `{references: target}`."""
     eval_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.16

@@ -7,19 +7,23 @@ has) is an error, because it is a mistake in the recipe and not in the data.
 import codecs
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dqo.errors import DQOError
 from dqo.recipe import Data
 from dqo.tasks.base import PublicSet, Task
 
+if TYPE_CHECKING:
+    import datasets
+
 _EXPECTED = "expected 'bundled', 'public', the path of a .jsonl or .parquet file, or hub:<dataset id>"
 _HUB = "hub:"
 _PUBLIC = "public"
+_SPLIT = "train"
 _LONGEST_REASON = 400
 
 
@@ -93,14 +97,14 @@ def read_source(data: Data, task: Task) -> Source:
         task: Names the fields that are read; other columns are ignored.
 
     Raises:
-        DQOError: If the source cannot be opened, has no rows or lacks a column.
+        DQOError: If the source cannot be opened, has no rows or lacks a column, or the task has no public set.
     """
-    columns = _columns(data, task)
     if data.source == _PUBLIC:
         source = _read_public(data, task)
     elif data.source.startswith(_HUB):
-        source = _read_hub(data, columns)
+        source = _read_hub(data, _columns(data, task))
     else:
+        columns = _columns(data, task)
         path = _file(data, task)
         licence = task.licence if data.source == "bundled" else None
         reader = _read_jsonl if path.suffix == ".jsonl" else _read_parquet
@@ -152,11 +156,11 @@ def _columns(data: Data, task: Task) -> dict[str, str]:
 
 
 def _file(data: Data, task: Task) -> Path:
-    for key, value in (("revision", data.revision), ("subset", data.subset)):
+    for key, value in (("revision", data.revision), ("subset", data.subset), ("split", data.split)):
         if value is not None:
             raise DQOError(
-                f"data.{key}: got {value!r} with data.source {data.source!r}; expected no {key}, only a hub: source "
-                "has one"
+                f"data.{key}: got {value!r} with data.source {data.source!r}; expected no {key}, only 'public' and "
+                "hub: sources have one"
             )
     if data.source == "bundled":
         return task.bundled
@@ -259,35 +263,57 @@ def _public_set(data: Data, task: Task) -> PublicSet:
 
 
 def _on_the_hub(data: Data, public: PublicSet) -> Data:
-    """The same section for the set that `public` stands for; the recipe's own subset comes first."""
+    """The same section for the set that `public` stands for; the recipe's own subset and split come first."""
     return data.model_copy(
         update={
             "source": _HUB + public.dataset,
             "subset": data.subset or public.subset,
-            "split": data.split if "split" in data.model_fields_set else public.split,
+            "split": data.split or public.split,
         }
     )
 
 
 def _read_public(data: Data, task: Task) -> Source:
     public = _public_set(data, task)
-    source = _read_hub(_on_the_hub(data, public), {column: column for column in public.columns})
-    fields = (*task.fields, "references")
-    rows = [
-        SourceRow(row.line, row.raw, {name: values.get(name) for name in fields})
-        for row in source.rows
-        if isinstance(row, SourceRow)
-        for values in [public.convert(row.values)]
-    ]
-    return replace(source, rows=rows, licence=public.licence)
+    hub = _on_the_hub(data, public)
+    asked = f"{_PUBLIC!r} ({_hub_name(hub)})"
+    dataset = _load(hub, asked)
+    for column in public.columns:
+        if column not in dataset.column_names:
+            raise DQOError(
+                f"data.source {asked}: no column {column!r}; the columns are {_listed(dataset.column_names)}; expected "
+                f"the form that task {task.name!r} knows: pin data.revision, or name the columns in data.columns with "
+                f"data.source {hub.source!r}"
+            )
+    source = _hub_rows(hub, dataset, public.columns, lambda row: _converted(row, public, task))
+    return replace(source, licence=public.licence)
+
+
+def _converted(row: SourceRow, public: PublicSet, task: Task) -> SourceRow | RejectedRow:
+    """Turn a row of the public set into one of the task; what `convert` refuses costs its row."""
+    try:
+        converted = public.convert(row.values)
+        values = {name: converted.get(name) for name in (*task.fields, "references")}
+    except Exception as error:
+        # A ValueError is how a converter says why; anything else is what an odd row made it stumble over.
+        said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        return RejectedRow.of(row, "not convertible", said)
+    return SourceRow(row.line, row.raw, values)
 
 
 def _read_hub(data: Data, columns: dict[str, str]) -> Source:
+    dataset = _load(data, repr(_hub_name(data)))
+    _require_columns(columns, dataset.column_names, data.source)
+    return _hub_rows(data, dataset, list(dict.fromkeys(columns.values())), lambda row: _select(row, columns))
+
+
+def _load(data: Data, asked: str) -> "datasets.Dataset":
+    """Load a data set from the hub or its cache; `asked` names it in an error."""
     import datasets
 
     try:
-        dataset = datasets.load_dataset(
-            data.source.removeprefix(_HUB), data.subset, split=data.split, revision=data.revision
+        return datasets.load_dataset(
+            data.source.removeprefix(_HUB), data.subset, split=data.split or _SPLIT, revision=data.revision
         )
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         what = (
@@ -297,21 +323,30 @@ def _read_hub(data: Data, columns: dict[str, str]) -> Source:
         )
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise DQOError(
-            f"data.source {_hub_name(data)!r}: {what} ({reason}); expected a data set that is reachable or in the hub "
+            f"data.source {asked}: {what} ({reason}); expected a data set that is reachable or in the hub "
             "cache; offline, take 'bundled' or the path of a local .jsonl or .parquet file as data.source"
         ) from error
-    _require_columns(columns, dataset.column_names, data.source)
-    selected = dataset.select_columns(list(dict.fromkeys(columns.values())))
+
+
+def _hub_rows(
+    data: Data,
+    dataset: "datasets.Dataset",
+    columns: Sequence[str],
+    select: Callable[[SourceRow], SourceRow | RejectedRow],
+) -> Source:
+    """Read the columns of a data set; `select` makes fields of them."""
     rows = [
-        _select(SourceRow(number, _as_text(values), values), columns) for number, values in _numbered(selected, data)
+        SourceRow(number, _as_text(values), values)
+        for number, values in _numbered(dataset.select_columns(list(columns)), data)
     ]
     digest = hashlib.sha256("\n".join(row.raw for row in rows).encode("utf-8", "surrogatepass")).hexdigest()
-    return Source(_hub_name(data), data.source, "row", digest, dataset.info.license or None, rows)
+    licence = dataset.info.license or None
+    return Source(_hub_name(data), data.source, "row", digest, licence, [select(row) for row in rows])
 
 
 def _hub_name(data: Data) -> str:
     subset = f", subset {data.subset}" if data.subset else ""
-    return f"{data.source}@{data.revision or 'main'}{subset}, split {data.split}"
+    return f"{data.source}@{data.revision or 'main'}{subset}, split {data.split or _SPLIT}"
 
 
 def _numbered(rows: Iterable[dict[str, Any]], data: Data) -> Iterable[tuple[int, dict[str, Any]]]:

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import traceback
 
 from dqo.errors import DQOError
 from dqo.tasks.base import PublicSet, Task
@@ -11,6 +12,7 @@ __all__ = ["TASKS", "PublicSet", "Task", "get_task", "problem"]
 # Where each one is, as module:NAME; imported when it is asked for, so that a recipe can be checked at once.
 TASKS = {
     "story": "dqo.tasks.story:STORY",
+    "reasoning": "dqo.tasks.reasoning:REASONING",
 }
 _OWN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -26,15 +28,38 @@ def get_task(name: str) -> Task:
     """Return the task a recipe names: one of `TASKS`, or `module:NAME` of a `Task` that can be imported.
 
     Raises:
-        DQOError: If there is no such task.
+        DQOError: If there is no such task, or its module cannot be imported.
     """
     if reason := problem(name):
         raise DQOError(f"task: {reason}")
-    module, _, attribute = TASKS.get(name, name).partition(":")
+    path, _, attribute = TASKS.get(name, name).partition(":")
     try:
-        task = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise DQOError(f"task: got {name!r}, which cannot be imported ({error}); expected module:NAME") from error
+        module = importlib.import_module(path)
+    except Exception as error:  # whatever a module of the user's own does when it is imported
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{path}.".startswith(f"{error.name}."):
+            raise DQOError(
+                f"task: got {name!r}, but there is no module {error.name!r}; expected one that is installed or in a "
+                "folder of PYTHONPATH"
+            ) from None
+        # A dataclass calls its missing fields arguments of Task.__init__().
+        said = str(error).replace("Task.__init__()", "Task()")
+        raise DQOError(
+            f"task: got {name!r}, but importing {path!r} fails: {type(error).__name__}: {said}{_place(error)}"
+        ) from error
+    try:
+        task = getattr(module, attribute)
+    except AttributeError:
+        raise DQOError(
+            f"task: got {name!r}, but {path!r} has no {attribute!r}; expected the name of a dqo.tasks.Task in it"
+        ) from None
     if not isinstance(task, Task):
-        raise DQOError(f"task: {name!r} is a {type(task).__name__}; expected a dqo.tasks.Task")
+        raise DQOError(f"task: {name!r} is of type {type(task).__name__}; expected a dqo.tasks.Task")
     return task
+
+
+def _place(error: BaseException) -> str:
+    """Name the file and line that raised, the way a traceback would."""
+    if isinstance(error, SyntaxError):  # its text names them
+        return ""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""

@@ -19,8 +19,9 @@ class PublicSet:
         split: Split that is read; the train/evaluation split is always made by the preparation.
         licence: SPDX identifier, or the words of the set's page where it has none.
         columns: Columns that `convert` reads.
-        convert: A row of the set as a row of the task: its fields and `references`. A value that cannot be converted
-            is passed on as it is, for the task's `check` to name it.
+        convert: A row of the set as a row of the task: its fields and `references`. A value that needs no converting is
+            passed on as it is, for the task's `check` to judge. An error costs the row; the text of a ValueError is the
+            reason that the quarantine gives, so it names field, value and what was expected.
     """
 
     dataset: str

@@ -29,10 +29,11 @@ from functools import lru_cache
 from itertools import pairwise
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from nltk.stem import SnowballStemmer
 
-from dqo.tasks.base import Message, Row, Task
+from dqo.tasks.base import Message, PublicSet, Row, Task
 
 MIN_WORDS, MAX_WORDS = 5, 25
 
@@ -242,6 +243,11 @@ def check(row: Row) -> str | None:
     return None
 
 
+def _from_common_gen(row: Row) -> dict[str, Any]:
+    """Turn CommonGen's form, one sentence a row, into ours; equal concepts are merged by the preparation."""
+    return {"concepts": row["concepts"], "references": [row["target"]]}
+
+
 STORY = Task(
     name="story",
     fields=("concepts",),
@@ -250,4 +256,11 @@ STORY = Task(
     prompt=prompt,
     check=check,
     reward=reward,
+    public=PublicSet(
+        dataset="allenai/common_gen",
+        split="train",
+        licence="MIT",
+        columns=("concepts", "target"),
+        convert=_from_common_gen,
+    ),
 )

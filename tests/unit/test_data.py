@@ -326,7 +326,7 @@ def test_unreachable_hub_names_the_offline_way(tmp_path, tokenizer):
     assert "offline, take 'bundled' or the path of a local .jsonl or .parquet file as data.source" in message
 
 
-SOURCES = "expected 'bundled', the path of a .jsonl or .parquet file, or hub:<dataset id>"
+SOURCES = "expected 'bundled', 'public', the path of a .jsonl or .parquet file, or hub:<dataset id>"
 
 
 def refusal(tmp_path, source, **data) -> str:
@@ -406,11 +406,11 @@ def test_columns_of_an_unknown_field(tmp_path):
     )
 
 
-@pytest.mark.parametrize("key", ["revision", "subset"])
+@pytest.mark.parametrize("key", ["revision", "subset", "split"])
 def test_hub_settings_of_a_file(tmp_path, key):
     message = refusal(tmp_path, "bundled", **{key: "v1"})
     assert message == (
-        f"data.{key}: got 'v1' with data.source 'bundled'; expected no {key}, only a hub: source has one"
+        f"data.{key}: got 'v1' with data.source 'bundled'; expected no {key}, only 'public' and hub: sources have one"
     )
 
 
