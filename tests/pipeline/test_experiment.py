@@ -77,6 +77,11 @@ def test_a_part_twice_a_missing_recipe_and_no_mapping(recipe, tmp_path):
         read(tmp_path / "grid.yaml")
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "experiments").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_experiments_expand(path: Path):
+    assert len(expand(read(path), path)) > 1
+
+
 def test_a_damaged_results_file_is_named(tmp_path):
     (tmp_path / "grid.jsonl").write_text('{"no": "key"}\n')
     with pytest.raises(DQOError, match=r"grid.jsonl: not a results file"):

@@ -10,7 +10,8 @@ import yaml
 from dqo.errors import DQOError
 from dqo.recipe import Method, Recipe, json_schema, load, parse
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "recipes"
+RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "experiments")
 
 
 def refusal(text: str) -> str:
