@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from dqo.evaluation.best_of import curve_intervals, expected_best
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from dqo.evaluation.best_of import curve_intervals, expected_best
 from dqo.evaluation.figures import ModelResult, curve_figure, learning_curves_figure, plane_figure, sweep_figure
 from dqo.evaluation.metrics import METRICS
 from dqo.evaluation.statistics import OverSeeds, over_seeds
