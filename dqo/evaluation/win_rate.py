@@ -10,14 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 from scipy.special import expit
 
-from dqo.evaluation.statistics import Interval, Values, bootstrap_interval, column, expanded_level
+from dqo.evaluation.statistics import CELLS, Interval, Values, bca_bounds, bootstrap_interval, column
 
 Floats = NDArray[np.float64]
-
-_CELLS = 2_000_000  # numbers of one batch of bootstrap draws: bounds the memory
 
 
 def _outcomes(outcomes: Values) -> Floats:
@@ -153,15 +150,15 @@ def length_controlled_win_rate(
 
     rng = np.random.default_rng(seed)
     drawn = []
-    for start in range(0, draws, batch := max(1, _CELLS // won.size)):
+    for start in range(0, draws, batch := max(1, CELLS // won.size)):
         counts = rng.multinomial(won.size, np.full(won.size, 1 / won.size), size=min(batch, draws - start))
         refitted = _fit(design, won, counts.astype(np.float64), penalty, fitted)
         drawn.append((counts * expit(refitted @ equal.T)).sum(axis=1) / won.size)
-    low, high = _bca(
+    low, high = bca_bounds(
         np.concatenate(drawn),
         mean,
         _influence(design, equal, won, fitted, penalty),
-        expanded_level(confidence, won.size, draws),
+        confidence,
     )
     return LengthControlled(raw, Interval(mean, low, high), effect)
 
@@ -231,16 +228,3 @@ def _influence(design: Floats, equal: Floats, outcomes: Floats, fitted: Floats, 
     slope = ((level * (1 - level))[:, None] * equal).mean(axis=0)
     scores = (outcomes - chance)[:, None] * design
     return scores @ np.linalg.solve(curvature, slope) + (level - level.mean()) / len(outcomes)
-
-
-def _bca(drawn: Floats, estimate: float, influence: Floats, level: float) -> tuple[float, float]:
-    """Bias-corrected and accelerated interval from draws, the acceleration being the influences' skew (Efron, 1987)."""
-    below = ((drawn < estimate).mean() + (drawn <= estimate).mean()) / 2
-    if not 0.0 < below < 1.0:
-        return float(drawn.min()), float(drawn.max())
-    bias = stats.norm.ppf(below)
-    squares = (influence**2).sum()
-    acceleration = (influence**3).sum() / (6 * squares**1.5) if squares > 0 else 0.0
-    ends = bias + stats.norm.ppf([(1 - level) / 2, (1 + level) / 2])
-    low, high = np.quantile(drawn, stats.norm.cdf(bias + ends / (1 - acceleration * ends)))
-    return float(low), float(high)

@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import norm, t
+from scipy.stats import bootstrap, norm, t
 
 from dqo.evaluation.statistics import (
     Interval,
@@ -42,6 +42,17 @@ def test_coverage_for_skewed_data():
 def test_coverage_for_few_prompts():
     # Percentiles at the plain level held the mean of 12 values in 90% of data sets like these.
     assert 0.93 <= coverage(lambda rng: rng.normal(size=12), 0.0) <= 0.97
+
+
+@pytest.mark.parametrize("n", [5, 48, 300])
+def test_interval_equals_scipy_at_the_expanded_level(n):
+    values = np.random.default_rng(n).exponential(size=n)
+    expected = bootstrap(
+        (values,), np.mean, confidence_level=expanded_level(0.9, n, 2000), n_resamples=2000, method="BCa",
+        rng=np.random.default_rng(5),
+    ).confidence_interval  # fmt: skip
+    interval = bootstrap_interval(values, 2000, 0.9, 5)
+    np.testing.assert_allclose([interval.low, interval.high], expected, rtol=1e-9)
 
 
 def test_the_level_is_expanded_as_student_widens_the_normal_interval():
