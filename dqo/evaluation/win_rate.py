@@ -82,8 +82,9 @@ def length_controlled_win_rate(
         logit P(win) = theta + phi * tanh(d / s) + psi * difficulty(x)
 
     and the controlled rate is the mean over the prompts of P(win) with `phi = 0`. This is the form of AlpacaEval 2
-    (Dubois et al., 2024, arXiv 2404.04475 [second hand]: read in the source of alpaca_eval, `metrics/glm_winrate.py`): intercept,
-    tanh of the standardised difference, known difficulty; outcomes between 0 and 1 as soft labels. What differs:
+    (Dubois et al., 2024, arXiv 2404.04475 [second hand]; read in the source of alpaca_eval, `metrics/glm_winrate.py`):
+    intercept, tanh of the standardised difference, known difficulty; outcomes between 0 and 1 as soft labels. What
+    differs:
 
     - AlpacaEval's difficulties come from a fit over its whole leaderboard. Two models alone cannot tell a prompt's
       difficulty from its outcome, so the term is left out unless `difficulty` is given. Values do not compare with the
