@@ -2,7 +2,9 @@
 
 The unit of resampling is the prompt: the responses of one prompt depend on each other, so the prompt is what is drawn.
 A nan (the metric is not defined for that prompt) is left out. Bootstrap intervals are bias-corrected and accelerated
-(BCa): on skewed metrics they miss the truth less often than plain percentiles.
+(BCa): on skewed metrics they miss the truth less often than plain percentiles. They are widened for few prompts as
+Student's t widens a normal interval (`expanded_level`): without it, 95% intervals of 12 normal values held the truth in
+90% of 2000 simulated data sets, with it in 94%; of 48 values in 94.7% and 95.4%.
 
 Which question each answers, all about a difference `a - b` of two models or about one model's mean:
 
@@ -21,7 +23,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special, stats
+
+CELLS = 2_000_000
+"""Numbers of one batch of resamples, which bounds the memory."""
 
 Values = Sequence[float | None] | NDArray[np.float64]
 
@@ -47,6 +52,20 @@ def column(values: Values, name: str) -> NDArray[np.float64]:
     return array
 
 
+def expanded_level(confidence: float, prompts: int, draws: int) -> float:
+    """Level at which to read bootstrap percentiles of few prompts, so that the interval holds at `confidence`.
+
+    The resampled means spread like normal ones with the deviation over n in place of n - 1. The level makes up for
+    both: `2 Phi(t sqrt(n / (n - 1))) - 1`, t being Student's quantile with n - 1 degrees of freedom. It is kept below
+    what the number of draws can resolve.
+
+    Source: the expanded percentile interval of Hesterberg, 2015 (arXiv 1411.5279) [second hand]; used with BCa here
+    [ours].
+    """
+    quantile = special.stdtrit(prompts - 1, (1 + confidence) / 2) * math.sqrt(prompts / (prompts - 1))
+    return min(float(2 * special.ndtr(quantile) - 1), 1 - 1 / draws)
+
+
 def bootstrap_interval(values: Values, draws: int = 2000, confidence: float = 0.95, seed: int = 0) -> Interval:
     """Mean over prompts with its bootstrap interval.
 
@@ -64,8 +83,12 @@ def bootstrap_interval(values: Values, draws: int = 2000, confidence: float = 0.
     Raises:
         ValueError: If `values` has another shape, or `draws` or `confidence` is out of range.
 
-    Source: Efron, 1987 (BCa), as `scipy.stats.bootstrap` implements it.
+    Source: Efron, 1987 (BCa): `scipy.stats.bootstrap` at the level of `expanded_level`, without its overhead.
     """
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence must be in (0, 1), got {confidence:g}")
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, got {draws}")
     known = column(values, "values")
     known = known[~np.isnan(known)]
     if known.size == 0:
@@ -76,15 +99,40 @@ def bootstrap_interval(values: Values, draws: int = 2000, confidence: float = 0.
     # BCa divides by the spread of the leave-one-out means, which rounding can make zero.
     if np.ptp(known) <= 1e-12 * np.abs(known).max():
         return Interval(mean, mean, mean)
-    bounds = stats.bootstrap(
-        (known,),
-        np.mean,
-        n_resamples=draws,
-        confidence_level=confidence,
-        method="BCa",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Interval(mean, float(bounds.low), float(bounds.high))
+    rng = np.random.default_rng(seed)
+    batch = max(1, CELLS // known.size)
+    batches = [min(batch, draws - start) for start in range(0, draws, batch)]
+    drawn = np.concatenate([known[rng.integers(known.size, size=(size, known.size))].mean(axis=1) for size in batches])
+    return Interval(mean, *bca_bounds(drawn, mean, known - mean, confidence))
+
+
+def bca_bounds(
+    drawn: NDArray[np.float64], estimate: float, influence: NDArray[np.float64], confidence: float
+) -> tuple[float, float]:
+    """Bias-corrected and accelerated (BCa) bounds from bootstrap draws, at the level of `expanded_level`.
+
+    Args:
+        drawn: The statistic of each resample, shape `(draws,)`.
+        estimate: The statistic of the prompts as they are.
+        influence: How the statistic moves with the weight of each prompt, up to a factor, shape `(prompts,)`; its skew
+            is the acceleration.
+        confidence: Level of the interval, in (0, 1).
+
+    Returns:
+        The bounds, in the unit of the statistic.
+
+    Source: Efron, 1987 (Better Bootstrap Confidence Intervals).
+    """
+    below = ((drawn < estimate).mean() + (drawn <= estimate).mean()) / 2
+    if not 0.0 < below < 1.0:
+        return float(drawn.min()), float(drawn.max())
+    bias = special.ndtri(below)
+    squares = (influence**2).sum()
+    acceleration = (influence**3).sum() / (6 * squares**1.5) if squares > 0 else 0.0
+    level = expanded_level(confidence, influence.size, drawn.size)
+    ends = bias + special.ndtri([(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(drawn, special.ndtr(bias + ends / (1 - acceleration * ends)))
+    return float(low), float(high)
 
 
 def paired_difference(a: Values, b: Values, draws: int = 2000, confidence: float = 0.95, seed: int = 0) -> Interval:
@@ -151,7 +199,7 @@ def paired_p_value(a: Values, b: Values, draws: int = 9999, seed: int = 0) -> fl
             permutation_type="samples",
             vectorized=True,
             n_resamples=draws,
-            batch=max(1, 2_000_000 // difference.size),
+            batch=max(1, CELLS // difference.size),
             alternative="greater",
             rng=np.random.default_rng(seed),
         ).pvalue
@@ -276,6 +324,6 @@ def over_seeds(
     means = table.mean(axis=1)
     half = math.nan
     if len(means) > 1:
-        half = float(stats.t.ppf((1 + confidence) / 2, len(means) - 1) * means.std(ddof=1) / math.sqrt(len(means)))
+        half = float(special.stdtrit(len(means) - 1, (1 + confidence) / 2) * means.std(ddof=1) / math.sqrt(len(means)))
     center = by_prompt.mean
     return OverSeeds(by_prompt, Interval(center, center - half, center + half), tuple(means.tolist()))

@@ -6,19 +6,15 @@ prompt was judged several times, it is the mean of those outcomes.
 """
 
 import math
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 from scipy.special import expit
 
-from dqo.evaluation.statistics import Interval, Values, bootstrap_interval, column
+from dqo.evaluation.statistics import CELLS, Interval, Values, bca_bounds, bootstrap_interval, column
 
 Floats = NDArray[np.float64]
-
-_CELLS = 2_000_000  # numbers of one batch of bootstrap draws: bounds the memory
 
 
 def _outcomes(outcomes: Values) -> Floats:
@@ -86,8 +82,9 @@ def length_controlled_win_rate(
         logit P(win) = theta + phi * tanh(d / s) + psi * difficulty(x)
 
     and the controlled rate is the mean over the prompts of P(win) with `phi = 0`. This is the form of AlpacaEval 2
-    (Dubois et al., 2024, arXiv 2404.04475, read in the source of alpaca_eval, `metrics/glm_winrate.py`): intercept,
-    tanh of the standardised difference, known difficulty; outcomes between 0 and 1 as soft labels. What differs:
+    (Dubois et al., 2024, arXiv 2404.04475 [second hand]; read in the source of alpaca_eval, `metrics/glm_winrate.py`):
+    intercept, tanh of the standardised difference, known difficulty; outcomes between 0 and 1 as soft labels. What
+    differs:
 
     - AlpacaEval's difficulties come from a fit over its whole leaderboard. Two models alone cannot tell a prompt's
       difficulty from its outcome, so the term is left out unless `difficulty` is given. Values do not compare with the
@@ -145,32 +142,26 @@ def length_controlled_win_rate(
     if difficulty is not None:
         columns.append(named["difficulty"][known])
     design = np.stack(columns, axis=-1)
-
-    def rate(prompts: NDArray[np.int64], axis: int = -1) -> Floats:
-        """Controlled rate of samples of the prompts, shape `(..., n)` -> `(...,)`."""
-        drawn = prompts.reshape(-1, prompts.shape[-1])
-        coefficients = _fit(design[drawn], won[drawn], penalty)
-        level = np.delete(design, 1, axis=1)[drawn] @ np.delete(coefficients, 1, axis=1)[..., None]
-        return expit(level[..., 0]).mean(axis=-1).reshape(prompts.shape[:-1])
-
-    everything = np.arange(won.size)
-    mean = float(rate(everything))
-    effect = float(_fit(design[None], won[None], penalty)[0, 1])
+    equal = design * (np.arange(design.shape[1]) != 1)  # the same prompts with both responses of one length
+    fitted = _fit(design, won, np.ones((1, won.size)), penalty, np.zeros(design.shape[1]))[0]
+    chances = expit(equal @ fitted)
+    mean, effect = float(chances.mean()), float(fitted[1])
     if won.size == 1 or np.ptp(won) == 0.0:
         return LengthControlled(raw, Interval(mean, raw.low, raw.high), effect)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-        bounds = stats.bootstrap(
-            (everything,),
-            rate,
-            n_resamples=draws,
-            batch=max(1, _CELLS // design.size),
-            vectorized=True,
-            confidence_level=confidence,
-            method="BCa",
-            rng=np.random.default_rng(seed),
-        ).confidence_interval
-    return LengthControlled(raw, Interval(mean, float(bounds.low), float(bounds.high)), effect)
+
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for start in range(0, draws, batch := max(1, CELLS // won.size)):
+        counts = rng.multinomial(won.size, np.full(won.size, 1 / won.size), size=min(batch, draws - start))
+        refitted = _fit(design, won, counts.astype(np.float64), penalty, fitted)
+        drawn.append((counts * expit(refitted @ equal.T)).sum(axis=1) / won.size)
+    low, high = bca_bounds(
+        np.concatenate(drawn),
+        mean,
+        _influence(design, equal, won, fitted, penalty),
+        confidence,
+    )
+    return LengthControlled(raw, Interval(mean, low, high), effect)
 
 
 def _standardised(difference: Floats) -> Floats:
@@ -186,29 +177,33 @@ def _standardised(difference: Floats) -> Floats:
     return np.tanh(difference / difference.std(ddof=1))  # of a sample, as pandas computes it
 
 
-def _fit(design: Floats, outcomes: Floats, penalty: float) -> Floats:
-    """Penalised logistic regressions by Newton's method.
+def _fit(design: Floats, outcomes: Floats, weights: Floats, penalty: float, start: Floats) -> Floats:
+    """Penalised logistic regressions of the same prompts under different weights, by Newton's method.
 
     Args:
-        design: Shape `(fits, n, p)`.
-        outcomes: In [0, 1], shape `(fits, n)`.
+        design: Shape `(prompts, p)`.
+        outcomes: In [0, 1], shape `(prompts,)`.
+        weights: How often each prompt counts, shape `(fits, prompts)`.
         penalty: Of the squares.
+        start: Shape `(p,)`.
 
     Returns:
         Coefficients, shape `(fits, p)`.
     """
-    fits, _, terms = design.shape
-    coefficients = np.zeros((fits, terms))
+    terms = design.shape[1]
+    products = (design[:, :, None] * design[:, None, :]).reshape(-1, terms * terms)
+    coefficients = np.tile(start, (len(weights), 1))
 
     def loss(candidates: Floats) -> Floats:
-        logits = (design @ candidates[..., None])[..., 0]
-        return (np.logaddexp(0.0, logits) - outcomes * logits).sum(-1) + penalty / 2 * (candidates**2).sum(-1)
+        logits = candidates @ design.T
+        losses = np.logaddexp(0.0, logits) - outcomes * logits
+        return (weights * losses).sum(axis=1) + penalty / 2 * (candidates**2).sum(axis=1)
 
     current = loss(coefficients)
     for _ in range(100):
-        chance = expit((design @ coefficients[..., None])[..., 0])
-        slope = ((chance - outcomes)[:, None, :] @ design)[:, 0, :] + penalty * coefficients
-        curvature = design.mT @ (design * (chance * (1 - chance))[..., None]) + penalty * np.eye(terms)
+        chance = expit(coefficients @ design.T)
+        slope = (weights * (chance - outcomes)) @ design + penalty * coefficients
+        curvature = ((weights * chance * (1 - chance)) @ products).reshape(-1, terms, terms) + penalty * np.eye(terms)
         step = np.linalg.solve(curvature, slope[..., None])[..., 0]
         if np.abs(step).max() < 1e-9:
             break
@@ -222,3 +217,15 @@ def _fit(design: Floats, outcomes: Floats, penalty: float) -> Floats:
         coefficients = coefficients - step
         current = proposed
     return coefficients
+
+
+def _influence(design: Floats, equal: Floats, outcomes: Floats, fitted: Floats, penalty: float) -> Floats:
+    """Change of the controlled rate with the weight of each prompt (infinitesimal jackknife), shape `(prompts,)`.
+
+    By the implicit function theorem the coefficients move by the inverse curvature times the prompt's score.
+    """
+    chance, level = expit(design @ fitted), expit(equal @ fitted)
+    curvature = (design * (chance * (1 - chance))[:, None]).T @ design + penalty * np.eye(design.shape[1])
+    slope = ((level * (1 - level))[:, None] * equal).mean(axis=0)
+    scores = (outcomes - chance)[:, None] * design
+    return scores @ np.linalg.solve(curvature, slope) + (level - level.mean()) / len(outcomes)

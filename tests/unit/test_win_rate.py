@@ -3,10 +3,10 @@ import math
 import numpy as np
 import pytest
 from scipy.special import expit
-from scipy.stats import binomtest
+from scipy.stats import binomtest, bootstrap
 from sklearn.linear_model import LogisticRegression
 
-from dqo.evaluation.statistics import Interval, bootstrap_interval
+from dqo.evaluation.statistics import Interval, bootstrap_interval, expanded_level
 from dqo.evaluation.win_rate import length_controlled_win_rate, win_rate
 
 NAN = math.nan
@@ -144,9 +144,26 @@ def test_a_model_that_always_wins_and_is_always_longer_stays_finite():
 def test_coverage_of_the_length_controlled_rate():
     held = 0
     for seed in range(1000):
-        result = length_controlled_win_rate(*judged(seed, 100, 0.5, 1.0, 60), draws=400, seed=seed)
+        result = length_controlled_win_rate(*judged(seed, 100, 0.5, 1.0, 60), draws=300, seed=seed)
         held += result.controlled.low <= expit(0.5) <= result.controlled.high
     assert 0.93 <= held / 1000 <= 0.97
+
+
+def test_the_interval_is_that_of_scipy_with_a_fit_for_every_draw():
+    won, lengths, others = judged(8, 60, 0.8, 1.5, 80)
+    x = np.tanh((lengths - others) / (lengths - others).std(ddof=1))
+
+    def rate(won, x):
+        model = LogisticRegression(C=10, fit_intercept=False).fit(np.stack([np.ones_like(x), x], 1), won)
+        return expit(model.coef_[0, 0])
+
+    level = expanded_level(0.9, 60, 600)
+    settings = {"paired": True, "vectorized": False, "n_resamples": 600, "rng": np.random.default_rng(0)}
+    expected = bootstrap((won, x), rate, confidence_level=level, method="BCa", **settings).confidence_interval
+    controlled = length_controlled_win_rate(won, lengths, others, 4000, 0.9).controlled
+    width = expected.high - expected.low
+    assert controlled.low == pytest.approx(expected.low, abs=0.1 * width)
+    assert controlled.high == pytest.approx(expected.high, abs=0.1 * width)
 
 
 @pytest.mark.parametrize(
