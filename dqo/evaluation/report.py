@@ -141,7 +141,12 @@ class ReportData:
     @cached_property
     def stopped(self) -> dict[str, HealthFinding]:
         """Variants whose training a health rule has ended before its last step, with the finding that did."""
-        return {name: finding for name, found in self.health.items() for finding in found if finding.action == "stop"}
+        return {
+            name: finding
+            for name, found in self.health.items()
+            for finding in reversed(found)  # so that the first one stays
+            if finding.action == "stop"
+        }
 
     @property
     def model(self) -> ModelResult:
