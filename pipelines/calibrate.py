@@ -143,6 +143,11 @@ def show(console: Console, result: "Calibration") -> None:
         area = _interval(areas[kind]) if kind in areas else ""
         table.add_row(_KINDS[kind], _interval(similarity), area, f"{encoder.linked[kind]:.0%}")
     _print(console, table)
+    console.print(
+        "[dim]AUC: how often a paraphrase is more similar than this kind of pair; one meaning: share that "
+        "method.distinct_threshold takes for one[/]",
+        soft_wrap=True,
+    )
     if encoder.references is not None:
         found = encoder.references
         console.print(
