@@ -315,7 +315,7 @@ def calibrate(
         with seconds("embedding", count):
             embedded = encoder(texts)
         vectors.append(embedded.vectors.view(len(batch), k, -1).cpu())
-        questions = encoder([prompt[-1]["content"] for prompt in asked]).vectors.cpu()
+        questions = encoder(["".join(message["content"] for message in prompt) for prompt in asked]).vectors.cpu()
         similarities.append((questions.unsqueeze(1) * vectors[-1]).sum(-1))
         cut += embedded.cut_share * count
         groups += drawn
