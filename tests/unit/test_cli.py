@@ -31,7 +31,7 @@ def dqo(*arguments: object, cwd: Path = ROOT, **variables: str) -> subprocess.Co
     inherited = {name: value for name, value in os.environ.items() if name not in stores}
     environment = inherited | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"} | variables
     command = [sys.executable, "-m", "pipelines.cli", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def refused(done: subprocess.CompletedProcess[str]) -> str:
