@@ -93,11 +93,6 @@ class Finding:
         """The finding as JSON takes it, with its reason."""
         return asdict(self) | {"reason": self.reason}
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Finding":
-        """Read what `to_dict` has written."""
-        return cls(**{name: value for name, value in values.items() if name != "reason"})
-
 
 class Monitor:
     """Judges the rows of a run one after another.
