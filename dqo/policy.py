@@ -33,6 +33,7 @@ class CheckpointCard:
         parent: `stage_key` of the checkpoint it was trained from, `None` for the base model.
         steps: Optimiser steps.
         mlflow_run_id: The run that trained it.
+        stopped: The health rule that ended training early (`dqo.health.Finding.to_dict`), `None` where none did.
     """
 
     model: str
@@ -45,6 +46,7 @@ class CheckpointCard:
     parent: str | None
     steps: int
     mlflow_run_id: str
+    stopped: dict[str, Any] | None = None
 
     def write(self, folder: Path) -> None:
         """Write the card into a checkpoint folder."""

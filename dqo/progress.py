@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-Event = Literal["start", "step", "done", "cached", "error"]
+Event = Literal["start", "step", "warning", "done", "cached", "error"]
 
 
 class Progress:

@@ -7,6 +7,7 @@ checking a recipe takes a moment.
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Hashable
 from pathlib import Path
@@ -282,6 +283,184 @@ class Sft(_Training):
     """Longer demonstrations are quarantined in preparation, never cut."""
 
 
+class _Rule(_Section):
+    action: Literal["warn", "stop"] = "warn"
+    """`warn` says so in the display, in MLflow and in the report; `stop` ends training as well, and the model cannot
+    become `champion`."""
+    patience: Positive = 5
+    """Steps in a row for which it has to hold."""
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The thresholds that are set, by their field's name."""
+        values = self.model_dump(exclude=set(_Rule.model_fields))
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class ZeroVariance(_Rule):
+    """Share of groups whose rewards are all equal: they teach nothing about quality."""
+
+    max: Annotated[float, Field(ge=0.0, lt=1.0)] | None = 0.8
+    """Highest share; `null` switches the rule off."""
+
+
+class Entropy(_Rule):
+    """Entropy of the policy, nats a token: near zero it says one thing only, far up it says anything."""
+
+    min: Annotated[float, Field(gt=0.0)] | None = 0.05
+    """Lowest entropy; `null` asks for none."""
+    max: Annotated[float, Field(gt=0.0)] | None = None
+    """Highest entropy; `null` asks for none."""
+
+    @model_validator(mode="after")
+    def _leaves_room(self) -> "Entropy":
+        if self.min is not None and self.max is not None and self.min >= self.max:
+            raise ValueError(f"min {self.min:g} is not below max {self.max:g}; expected min < max")
+        return self
+
+
+class Kl(_Rule):
+    """KL to the SFT policy, nats a token; measured with `rl.beta` > 0 only."""
+
+    max: Annotated[float, Field(gt=0.0)] | None = None
+    """Highest KL; `null` switches the rule off."""
+
+
+class LengthDrift(_Rule):
+    """Mean tokens of a response against those of the first steps."""
+
+    factor: Annotated[float, Field(gt=1.0)] | None = 2.0
+    """Responses may be this many times longer or shorter; `null` switches the rule off."""
+
+
+class Truncation(_Rule):
+    """Share of responses that were cut at `rl.sampling.max_new_tokens`."""
+
+    max: Annotated[float, Field(ge=0.0, lt=1.0)] | None = 0.5
+    """Highest share; `null` switches the rule off."""
+
+
+class VolumeFloor(_Rule):
+    """Log-volume of a group, in nats: between log(1 + k), all responses the same, and k log 2, all unrelated."""
+
+    min: float | None = None
+    """Lowest log-volume; `null` switches the rule off."""
+
+
+class VolumeCollapse(_Rule):
+    """Share of the way from the log-volume of the first steps down to log(1 + k) that was lost."""
+
+    max: Annotated[float, Field(gt=0.0, lt=1.0)] | None = 0.8
+    """Highest share; `null` switches the rule off."""
+
+
+class Duplicates(_Rule):
+    """Share of a group's responses that repeat another one but for case and white space, at most 1 - 1/k."""
+
+    max: Annotated[float, Field(ge=0.0, lt=1.0)] | None = 0.4
+    """Highest share; `null` switches the rule off."""
+
+
+class EncoderCut(_Rule):
+    """Share of responses that the encoder read only in part: their ends are in no embedding."""
+
+    max: Annotated[float, Field(ge=0.0, lt=1.0)] | None = 0.1
+    """Highest share; `null` switches the rule off."""
+
+
+class Unscorable(_Rule):
+    """Share of responses without a reward."""
+
+    max: Annotated[float, Field(ge=0.0, lt=1.0)] | None = 0.5
+    """Highest share; `null` switches the rule off."""
+
+
+class Health(_Section):
+    """Rules on the figures of each RL step; those of the defaults warn and stop nothing (docs/method.md)."""
+
+    baseline_steps: Positive = 3
+    """First steps whose mean `length_drift` and `volume_collapse` compare with; these two judge the steps after."""
+    zero_variance: ZeroVariance = ZeroVariance()
+    entropy: Entropy = Entropy()
+    kl: Kl = Kl()
+    length_drift: LengthDrift = LengthDrift()
+    truncation: Truncation = Truncation()
+    volume_floor: VolumeFloor = VolumeFloor()
+    volume_collapse: VolumeCollapse = VolumeCollapse()
+    duplicates: Duplicates = Duplicates()
+    encoder_cut: EncoderCut = EncoderCut()
+    unscorable: Unscorable = Unscorable()
+
+    @property
+    def rules(self) -> dict[str, _Rule]:
+        """The rules by name, in the order in which they are judged."""
+        values = {name: getattr(self, name) for name in Health.model_fields}
+        return {name: value for name, value in values.items() if isinstance(value, _Rule)}
+
+    @property
+    def stops(self) -> dict[str, Any]:
+        """What may change the result of training, for its key: the rules that stop; empty where none does."""
+        found: dict[str, Any] = {name: rule.model_dump() for name, rule in self.rules.items() if rule.action == "stop"}
+        if found.keys() & AGAINST_FIRST_STEPS:
+            found["baseline_steps"] = self.baseline_steps
+        return found
+
+
+AGAINST_FIRST_STEPS = frozenset({"length_drift", "volume_collapse"})
+"""Health rules that compare with the first steps."""
+
+
+def volume_range(k: int, kernel_scale: float = 1.0) -> tuple[float, float]:
+    """Log-volume of k unit-norm responses in nats: all the same, and all unrelated.
+
+    With kernel scale c it is `log(1 + c^2 k)` and `k log(1 + c^2)` [derived]: the Gram matrix of equal vectors has one
+    eigenvalue, k, that of orthogonal ones k times 1.
+    """
+    return math.log1p(kernel_scale**2 * k), k * math.log1p(kernel_scale**2)
+
+
+def _health_problems(rl: "Rl", method: Method) -> list[str]:
+    """Thresholds that can never be passed, always are, or are never measured with these settings; a line each."""
+    health, found = rl.health, []
+    if health.kl.max is not None and rl.beta == 0:
+        found.append(
+            f"rl.health.kl.max: got {health.kl.max:g} with rl.beta = 0, where no KL is measured; expected null, or "
+            "rl.beta > 0"
+        )
+    low, high = volume_range(method.k, method.kernel_scale)
+    floor = health.volume_floor.min
+    if floor is not None and not low < floor <= high:
+        found.append(
+            f"rl.health.volume_floor.min: got {floor:g}; expected more than {low:.4f}, which no group of {method.k} "
+            f"falls below (all responses the same), and at most {high:.4f}, which none exceeds (all unrelated)"
+        )
+    most = 1 - 1 / method.k
+    if health.duplicates.max is not None and health.duplicates.max >= most:
+        found.append(
+            f"rl.health.duplicates.max: got {health.duplicates.max:g}; expected less than {most:g} = 1 - 1/k, which "
+            "no group exceeds"
+        )
+    for name, rule in health.rules.items():
+        if rule.action != "stop":
+            continue
+        if not rule.limits:
+            found.append(f"rl.health.{name}.action: got 'stop' without a threshold; expected 'warn', or a threshold")
+        first = health.baseline_steps if name in AGAINST_FIRST_STEPS else 0
+        if first + rule.patience > rl.steps:
+            after = f" after {first} steps to compare with" if first else ""
+            found.append(
+                f"rl.health.{name}.patience: got {rule.patience}{after}, which rl.steps = {rl.steps} does not reach, "
+                "so that nothing would stop; expected fewer"
+            )
+    drift = health.length_drift
+    if drift.action == "stop" and drift.factor is not None and drift.factor >= rl.sampling.max_new_tokens:
+        found.append(
+            f"rl.health.length_drift.factor: got {drift.factor:g}; expected less than "
+            f"rl.sampling.max_new_tokens = {rl.sampling.max_new_tokens}, by which no length can change"
+        )
+    return found
+
+
 class Rl(_Training):
     """DQO-RL: reward plus alpha times the log-volume, by policy gradient."""
 
@@ -295,6 +474,7 @@ class Rl(_Training):
     rollout: Rollout = Rollout()
     log_completions_every: Positive = 10
     """Steps between tables of responses in MLflow."""
+    health: Health = Health()
 
 
 class Evaluation(_Section):
@@ -420,6 +600,7 @@ class Recipe(_Section):
                     f"{name}.micro_batch: got {stage.micro_batch}; expected a divisor of the {rows} sequences of a "
                     f"step ({name}.prompts_per_step = {stage.prompts_per_step} times {k})"
                 )
+        problems += _health_problems(self.rl, self.method)
         if problems:
             raise ValueError("\n".join(problems))  # a line each, see _readable
         return self

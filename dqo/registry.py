@@ -27,13 +27,16 @@ class GateResult:
     reasons: list[str]
 
 
-def decide(gate: Gate, metrics: dict[str, dict[str, Interval]], candidate: str = "dqo") -> GateResult:
+def decide(
+    gate: Gate, metrics: dict[str, dict[str, Interval]], candidate: str = "dqo", stopped: str | None = None
+) -> GateResult:
     """Apply the recipe's gate to an evaluation.
 
     Args:
         gate: The rules.
         metrics: Model name -> metric name -> interval.
         candidate: The model that asks to be promoted.
+        stopped: Why its training was stopped before its last step, which no metric makes up for; `None` if it was not.
     """
     new, old = metrics[candidate], metrics[gate.against]
     change = new["quality"].mean - old["quality"].mean
@@ -50,6 +53,8 @@ def decide(gate: Gate, metrics: dict[str, dict[str, Interval]], candidate: str =
             + ("higher, intervals apart" if above else "not higher with intervals apart")
         )
         passed = passed and above
+    if stopped is not None:
+        return GateResult(False, [f"training was stopped by a health rule: {stopped}", *reasons])
     return GateResult(passed, reasons)
 
 

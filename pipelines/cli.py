@@ -64,6 +64,18 @@ def _parser() -> argparse.ArgumentParser:
     only.add_argument("--plan", dest="only", action="store_const", const="plan", help="only say what would be run")
     only.add_argument("--page-only", dest="only", action="store_const", const="page", help="only write the page")
     experiment.set_defaults(run=_experiment)
+    calibrate = commands.add_parser(
+        "calibrate", help="sample once without training: what alpha weighs, what a step costs"
+    )
+    calibrate.add_argument("recipe", type=Path, help="recipe file")
+    calibrate.add_argument("--prompts", type=int, default=16, help="training prompts to sample (16)")
+    calibrate.add_argument(
+        "--checkpoint", type=Path, help="sample from this checkpoint, e.g. SFT's; else the base model"
+    )
+    calibrate.add_argument("--share", type=float, help="weight of the bonus beside quality's to find alpha for (0.25)")
+    calibrate.add_argument("--out", type=Path, help="folder for calibration.json and the sampled responses")
+    calibrate.add_argument("--json", type=Path, help="file for the figures as JSON")
+    calibrate.set_defaults(run=_calibrate)
 
     ui = commands.add_parser("ui", help="open MLflow's page on the local runs")
     ui.add_argument("--out", type=Path, default=Path(_OUT), help=f"folder given to `dqo run` ({_OUT})")
@@ -143,6 +155,18 @@ def _experiment(arguments: argparse.Namespace) -> int:
 
     return experiment.run(
         arguments.file, arguments.out, arguments.results, arguments.part, arguments.page, arguments.only
+    )
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    from dqo.recipe import load
+
+    recipe = load(arguments.recipe)
+    _print_warnings(recipe.warnings)
+    from pipelines import calibrate
+
+    return calibrate.run(
+        recipe, arguments.prompts, arguments.share, arguments.checkpoint, arguments.out, arguments.json
     )
 
 

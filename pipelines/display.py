@@ -43,6 +43,7 @@ class StageState:
     total: int = 0
     message: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def seconds_left(self) -> float | None:
@@ -80,6 +81,8 @@ class Follower:
             elif kind == "done":
                 state.status = "cached" if state.status == "cached" else "done"
                 state.ended = event["time"]
+            elif kind == "warning":
+                state.warnings.append(event["message"])
             elif kind == "error":
                 state.status, state.ended = "error", event["time"]
                 self.error = event.get("message", "")
@@ -87,7 +90,7 @@ class Follower:
                 if not state.total or event["step"] < state.step or state.step == 0:
                     state.first_step, state.first_step_time = event["step"], event["time"]
                 state.step, state.total = event["step"], event["total"]
-            if event.get("message") and kind != "error":
+            if event.get("message") and kind not in ("error", "warning"):
                 state.message = event["message"]
             state.metrics |= event.get("metrics", {})
         return events
@@ -153,6 +156,8 @@ class Display:
             text = f"  {state.title}: done in {_duration(state.ended - state.started)}"
         elif kind == "error":
             text = f"  {state.title}: failed"
+        elif kind == "warning":
+            text = f"  {state.title}: warning: {event['message']}"
         else:
             text = f"{state.title}" + (" (finished before, reused)" if kind == "cached" else "")
         self._console.print(text.rstrip(), highlight=False, markup=False, soft_wrap=True)
@@ -178,7 +183,12 @@ class Display:
             detail = _figures(state.metrics) or state.message
             table.add_row(Text(mark, style=style), Text(state.title, style="" if state.ended else style), bar,
                           Text(steps), Text(detail), Text(note, style="dim"))  # fmt: skip
-        return Group(table)
+        warnings = [
+            Text(f"! {state.title}: {warning}", style="yellow")
+            for state in self._follower.stages.values()
+            for warning in state.warnings
+        ]
+        return Group(table, *warnings)
 
 
 def _figures(metrics: dict[str, float]) -> str:

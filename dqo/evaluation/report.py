@@ -31,6 +31,7 @@ from dqo.evaluation.figures import (
 from dqo.evaluation.metrics import METRICS
 from dqo.evaluation.statistics import Interval, overlap
 from dqo.files import write_text
+from dqo.health import Finding as HealthFinding
 from dqo.recipe import Recipe
 
 _MINUS = "\u2212"
@@ -121,6 +122,8 @@ class ReportData:
     """Metric -> `paired_difference` of `dqo` minus `recipe.gate.against`."""
     gate: Gate | None = None
     """`None` while nobody asked for promotion."""
+    health: Mapping[str, Sequence[HealthFinding]] = field(default_factory=dict)
+    """Variant -> what health rules found in its training."""
 
     def __post_init__(self) -> None:
         missing = {"dqo", self.recipe.gate.against} - {model.name for model in self.models}
@@ -134,6 +137,16 @@ class ReportData:
     def by_name(self) -> dict[str, ModelResult]:
         """The models by name."""
         return {model.name: model for model in self.models}
+
+    @cached_property
+    def stopped(self) -> dict[str, HealthFinding]:
+        """Variants whose training a health rule has ended before its last step, with the finding that did."""
+        return {
+            name: finding
+            for name, found in self.health.items()
+            for finding in reversed(found)  # so that the first one stays
+            if finding.action == "stop"
+        }
 
     @property
     def model(self) -> ModelResult:

@@ -19,6 +19,7 @@ from dqo.evaluation.metrics import METRICS, group_metrics
 from dqo.evaluation.statistics import Interval, bootstrap_interval, paired_difference
 from dqo.files import read_jsonl, write_jsonl, write_text
 from dqo.generation import sample_texts
+from dqo.health import judge
 from dqo.policy import CheckpointCard, default_device, end_of_turn_ids, load_for_inference, load_tokenizer
 from dqo.progress import Progress
 from dqo.recipe import Recipe
@@ -56,6 +57,7 @@ def run(context: Context, data: Path, checkpoints: list[Path], evaluation: Path)
         evaluation=recipe.evaluation.model_dump(),
         gate=recipe.gate.model_dump(),
         encoder=with_identity(recipe.encoder),
+        health=recipe.rl.health.model_dump(),
         parent_run=context.parent_run_id,
     )
     with running(context, "evaluate", key) as (folder, progress):
@@ -169,7 +171,12 @@ def _measure(
             "metrics": {metric: _finite(asdict(interval)) for metric, interval in intervals[name].items()},
             "per_prompt": {metric: [_number(v) for v in values] for metric, values in per_prompt.items()},
         }
-    gate = decide(recipe.gate, intervals)
+    cards = {name: CheckpointCard.read(path) for name, path in folders.items() if path is not None}
+    histories = {name: read_jsonl(path / "history.jsonl") for name, path in folders.items() if path is not None}
+    method = recipe.method
+    health = {name: judge(recipe.rl.health, histories[name], method.k, method.kernel_scale) for name in recipe.variants}
+    stopped = cards["dqo"].stopped
+    gate = decide(recipe.gate, intervals, stopped=None if stopped is None else stopped["reason"])
     output = folder.fresh_output()
     write_jsonl(output / "responses.jsonl", [result for results in sampled.values() for result in results])
     document = {
@@ -179,11 +186,12 @@ def _measure(
         "confidence": settings.confidence,
         "directions": {name: metric.direction for name, metric in METRICS.items()},
         "gate": asdict(gate),
+        "health": {name: [finding.to_dict() for finding in findings] for name, findings in health.items()},
         "data_digest": card.digest,
         "recipe_digest": recipe.digest,
     }
     write_text(output / "evaluation.json", json.dumps(document, indent=1, allow_nan=False) + "\n")
-    runs = {name: CheckpointCard.read(path).mlflow_run_id for name, path in folders.items() if path is not None}
+    runs = {name: checkpoint.mlflow_run_id for name, checkpoint in cards.items()}
     local = not context.mlflow_uri.startswith("http")
     against = recipe.gate.against
     data = report.ReportData(
@@ -195,7 +203,7 @@ def _measure(
             for name in sampled
         ],
         prompts=len(rows),
-        histories={name: read_jsonl(path / "history.jsonl") for name, path in folders.items() if path is not None},
+        histories=histories,
         examples=report.first_examples(
             [result for results in sampled.values() for result in results],
             {row["id"]: row.get("concepts", ()) for row in rows},
@@ -228,6 +236,7 @@ def _measure(
             for metric in METRICS
         },
         gate=report.Gate(gate.passed, gate.reasons),
+        health=health,
     )
     report.write(data, output / "report.html")
     plane = figures.plane_figure(data.models, n=settings.n)

@@ -58,6 +58,8 @@ def run(
                     "dqo.alpha": recipe.method.alpha,
                     "dqo.k": recipe.method.k,
                 }
+                if card.stopped is not None:
+                    tags["dqo.stopped"] = card.stopped["reason"]
                 means = {
                     name: m["mean"] for name, m in result["models"]["dqo"]["metrics"].items() if m["mean"] is not None
                 }

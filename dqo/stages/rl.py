@@ -5,10 +5,12 @@ from pathlib import Path
 from dqo import tracking
 from dqo.data import DataCard, read_rows
 from dqo.errors import DQOError
+from dqo.files import read_jsonl
+from dqo.health import Monitor, judge
 from dqo.policy import CheckpointCard, default_device
 from dqo.rewards import TrlReward, build
 from dqo.stages.context import Context, reward_identity, running, stage_key, with_identity
-from dqo.stages.training import configuration, parameters, publish, train
+from dqo.stages.training import configuration, parameters, publish, report_findings, train
 from dqo.tasks import get_task
 
 
@@ -34,8 +36,10 @@ def run(context: Context, variant: str, data: Path, parent: Path, checkpoint: Pa
     key = stage_key(
         # Not what only says how often to write, or where the rollout server is: a change must not lose checkpoints.
         rl=recipe.rl.model_dump(
-            exclude={"save_every": True, "log_completions_every": True, "rollout": {"server_base_url"}}
+            exclude={"save_every": True, "log_completions_every": True, "health": True, "rollout": {"server_base_url"}}
         ),
+        # A rule that only warns changes nothing that is trained.
+        **({"stops": recipe.rl.health.stops} if recipe.rl.health.stops else {}),
         # alpha alone tells the variants apart, so a changed alpha does not repeat the baseline.
         method=recipe.method.model_dump(exclude={"baselines", "alpha"}) | {"alpha": alpha},
         encoder=with_identity(recipe.encoder),
@@ -73,12 +77,17 @@ def run(context: Context, variant: str, data: Path, parent: Path, checkpoint: Pa
             rows = read_rows(data / "train.jsonl")
             run_.params({"variant": variant, **parameters(recipe, args)})
             run_.dataset(rows, card.task, card.digest, card.source, "training")
+            health, k, scale = recipe.rl.health, recipe.method.k, recipe.method.kernel_scale
             if not folder.finished:
                 train(
                     context, folder, progress, run_,
                     model_name=variant, key=key, args=args, rows=rows, parent=parent, card=card,
                     prompts_per_step=recipe.rl.prompts_per_step,
                     reward=TrlReward(build(recipe, task, default_device()), task),
-                    table_every=recipe.rl.log_completions_every,
+                    table_every=recipe.rl.log_completions_every, monitor=Monitor(health, k, scale),
                 )  # fmt: skip
+            else:
+                # Trained by an earlier run, maybe with other warnings; a rule that stops belongs to the key.
+                found = judge(health, read_jsonl(folder.output / "history.jsonl"), k, scale)
+                report_findings(found, run_, progress, run_.last_step("train/loss"))
             publish(folder, run_, checkpoint)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
@@ -19,6 +20,7 @@ from dqo.defences import embedded_text
 from dqo.embedding import ResponseEncoder
 from dqo.errors import DQOError
 from dqo.files import read_jsonl, write_jsonl
+from dqo.health import Finding, Monitor
 from dqo.policy import CheckpointCard, default_device, load_tokenizer, resolve_dtype, trainable
 from dqo.progress import Progress
 from dqo.recipe import Recipe, Rl, Sft
@@ -119,7 +121,7 @@ class _Recorder(TrainerCallback):
         self._run = run
         self._progress = progress
         self._tables = tables
-        self._logged = run.last_step("train/loss")
+        self.logged = run.last_step("train/loss")
         self.rows: list[dict[str, float]] = []
 
     def cut_back(self, step: int) -> None:
@@ -138,7 +140,7 @@ class _Recorder(TrainerCallback):
         self.rows.append({"step": state.global_step, **row})
         write_jsonl(self._history, self.rows)
         self._progress("step", state.global_step, state.max_steps, metrics=row)
-        if state.global_step <= self._logged:
+        if state.global_step <= self.logged:
             return  # trained again after an interruption, and in MLflow already
         if self._tables is not None:
             self._tables(state.global_step)
@@ -149,6 +151,47 @@ class _Recorder(TrainerCallback):
         if state.is_world_process_zero:
             (checkpoint / _COMPLETE).touch()
             self._run.metrics({"train/checkpoint": state.global_step}, state.global_step)
+
+
+class _Health(TrainerCallback):
+    """Judges each step that the recorder has written down; says what a rule finds, and ends training where it asks."""
+
+    def __init__(self, monitor: Monitor, recorder: _Recorder, run: Run, progress: Progress) -> None:
+        self._monitor = monitor
+        self._recorder = recorder
+        self._run = run
+        self._progress = progress
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if "train_runtime" in kwargs["logs"]:
+            return
+        if state.is_world_process_zero:
+            found = self._monitor.update(self._recorder.rows[-1])
+            report_findings(found, self._run, self._progress, self._recorder.logged)
+        # One process decides: a figure may differ between them, and all have to leave the loop together.
+        decision = [self._monitor.stop is not None]
+        broadcast_object_list(decision)
+        if decision[0]:
+            control.should_save = control.should_training_stop = True
+
+
+def report_findings(findings: list[Finding], run: Run, progress: Progress, logged: int) -> None:
+    """Say what health rules found: in the display, and in MLflow as a metric of its step and a tag with the reason.
+
+    Args:
+        findings: New ones.
+        run: The training run.
+        progress: The stage's.
+        logged: Step up to which the run holds its metrics already.
+    """
+    for finding in findings:
+        ending = "training stopped, " if finding.action == "stop" else ""
+        progress("warning", message=ending + finding.reason)
+        if finding.step > logged:
+            run.metrics({f"health/{finding.rule}": finding.value}, finding.step)
+        run.tags({f"dqo.health.{finding.rule}": finding.reason})
+        if finding.action == "stop":
+            run.tags({"dqo.stopped": finding.reason})
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -177,6 +220,7 @@ def train(
     prompts_per_step: int,
     reward: Callable[..., list[float | None]] | None = None,
     table_every: int | None = None,
+    monitor: Monitor | None = None,
 ) -> None:
     """Train from the newest complete checkpoint to the last step and leave the finished checkpoint in the output.
 
@@ -194,6 +238,7 @@ def train(
         prompts_per_step: Prompts in a step, for the check that the data fills one.
         reward: TRL reward function; `None` trains on demonstrations.
         table_every: Steps between tables of responses in MLflow; `None` logs none.
+        monitor: New, with the health rules that may end training; `None` asks for none.
 
     Raises:
         DQOError: If the data does not fill one step, or as the trainer's parts raise it.
@@ -236,15 +281,19 @@ def train(
             reward_funcs=reward,
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
-            callbacks=[recorder],
+            # The recorder first: it writes the row that is judged.
+            callbacks=[recorder, *([] if monitor is None else [_Health(monitor, recorder, run, progress)])],
         )
         checkpoint = newest_checkpoint(folder.path)
         done = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
         recorder.cut_back(done)
+        if monitor is not None:
+            for row in recorder.rows:
+                report_findings(monitor.update(row), run, progress, recorder.logged)
         if checkpoint is not None:
             progress("step", done, args.max_steps, f"continuing from {checkpoint.name}")
         try:
-            if checkpoint is not None and done >= args.max_steps:
+            if checkpoint is not None and (done >= args.max_steps or (monitor is not None and monitor.stop)):
                 # Only the end of the stage was interrupted. The training loop would take one more step before it looks.
                 trainer._load_from_checkpoint(str(checkpoint))
             else:
@@ -257,6 +306,7 @@ def train(
             raise DQOError(message) from error
     if not trainer.accelerator.is_main_process:
         return
+    stopped = None if monitor is None else monitor.stop
     output = folder.fresh_output()
     trained: Any = trainer.accelerator.unwrap_model(trainer.model)
     if recipe.policy.lora is None:
@@ -277,8 +327,9 @@ def train(
         data_digest=card.digest,
         recipe_digest=recipe.digest,
         parent=None if parent is None else CheckpointCard.read(parent).stage_key,
-        steps=args.max_steps,
+        steps=args.max_steps if stopped is None else stopped.step,
         mlflow_run_id=run.id,
+        stopped=None if stopped is None else stopped.to_dict(),
     ).write(output)
     write_jsonl(output / "history.jsonl", recorder.rows)
     run.folder(output, "checkpoint")

@@ -31,7 +31,7 @@ def dqo(*arguments: object, cwd: Path = ROOT, **variables: str) -> subprocess.Co
     inherited = {name: value for name, value in os.environ.items() if name not in stores}
     environment = inherited | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"} | variables
     command = [sys.executable, "-m", "pipelines.cli", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def refused(done: subprocess.CompletedProcess[str]) -> str:
@@ -54,7 +54,9 @@ def recipe_file(folder: Path, text: str) -> Path:
 def test_help_lists_the_commands_and_version_is_the_packages():
     done = dqo("--help")
     assert (done.returncode, done.stderr) == (0, "")
-    assert all(f"\n    {command} " in done.stdout for command in ("run", "compile", "recipe", "ui", "doctor"))
+    assert all(
+        f"\n    {command} " in done.stdout for command in ("run", "compile", "recipe", "calibrate", "ui", "doctor")
+    )
     done = dqo("--version")
     assert (done.returncode, done.stderr) == (0, "")
     import dqo as library
@@ -84,7 +86,9 @@ def test_recipe_check_warns_on_stderr_and_still_succeeds(tmp_path: Path):
     assert "valid" in done.stdout
 
 
-@pytest.mark.parametrize("command", [["recipe", "check"], ["recipe", "show"], ["run"], ["compile", "-o", "x.yaml"]])
+@pytest.mark.parametrize(
+    "command", [["recipe", "check"], ["recipe", "show"], ["run"], ["compile", "-o", "x.yaml"], ["calibrate"]]
+)
 def test_every_command_refuses_a_broken_recipe_with_all_its_errors(command: list[str], tmp_path: Path):
     path = recipe_file(tmp_path, "method: {k: 1}\nsedd: 3")
     done = dqo(*command, path, cwd=tmp_path)
@@ -95,7 +99,9 @@ def test_every_command_refuses_a_broken_recipe_with_all_its_errors(command: list
     assert sorted(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("command", [["recipe", "check"], ["recipe", "show"], ["run"], ["compile", "-o", "x.yaml"]])
+@pytest.mark.parametrize(
+    "command", [["recipe", "check"], ["recipe", "show"], ["run"], ["compile", "-o", "x.yaml"], ["calibrate"]]
+)
 def test_every_command_refuses_a_recipe_that_is_not_there(command: list[str], tmp_path: Path):
     assert refused(dqo(*command, "none.yaml", cwd=tmp_path)) == "dqo: none.yaml: no such recipe file\n"
     assert list(tmp_path.iterdir()) == []
@@ -141,6 +147,58 @@ def test_compile_refuses_an_output_that_cannot_be(tmp_path: Path):
     ):
         assert refused(dqo("compile", QUICKSTART, "-o", output)) == f"dqo: --output {output}: {expected}\n"
     assert list(tmp_path.iterdir()) == [folder]
+
+
+# --- calibrate ---
+
+
+def test_calibrate_refuses_a_file_that_cannot_be_written_before_it_samples(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    for options, expected in (
+        (["--json", tmp_path], f"{tmp_path}: is a folder; expected the name of a file"),
+        (["--out", tmp_path / "file"], f"{tmp_path / 'file'} is not a folder that can be written to"),
+    ):
+        assert expected in refused(dqo("calibrate", QUICKSTART, *options))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.slow
+def test_calibrate_says_what_makes_a_recipe_pointless(tmp_path: Path, tiny_policy: Path, tiny_encoder: Path):
+    """A random policy earns 0 for everything: status 1, the tables all the same, the files written."""
+    path = recipe_file(
+        tmp_path,
+        f"policy: {{model: {tiny_policy}}}\nencoder: {{model: {tiny_encoder}}}\nmethod: {{k: 4}}\n"
+        "rl: {sampling: {max_new_tokens: 12}}",
+    )
+    done = dqo("calibrate", path, "--prompts", 5, "--json", "c.json", "--out", "out", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr and "Loading weights" not in done.stderr
+    assert all(line.startswith("dqo: problem: ") for line in done.stderr.splitlines())
+    assert "every group's rewards are equal" in done.stderr
+    for part in (
+        "5 training prompts, 4 responses each",
+        "bonus, log_volume (the recipe's)",
+        "Ties: 100%",
+        "Seconds of",
+    ):
+        assert part in done.stdout
+    document = json.loads((tmp_path / "c.json").read_text())
+    assert document == json.loads((tmp_path / "out" / "calibration.json").read_text())
+    assert document["scores"][0]["balanced_alpha"] is None and document["tied_groups"] == 1.0
+    rows = [json.loads(row) for row in (tmp_path / "out" / "responses.jsonl").read_text().splitlines()]
+    assert [len(row["responses"]) for row in rows] == [4] * 5
+    assert not (tmp_path / "runs").exists()
+    assert "prompts: got 0" in refused(dqo("calibrate", path, "--prompts", 0, cwd=tmp_path))
+
+
+@pytest.mark.slow
+def test_calibrate_the_quickstart(tmp_path: Path):
+    done = dqo("calibrate", QUICKSTART, "--prompts", 4, "--json", tmp_path / "c.json")
+    assert (done.returncode, done.stderr) == (0, "")
+    document = json.loads((tmp_path / "c.json").read_text())
+    assert 0.05 < document["quality"]["std"] < 0.6 and 0.01 < document["scores"][0]["bonus"]["std"] < 0.3
+    assert document["encoder"]["auc_unrelated"]["low"] > 0.9
+    assert f"alpha = {document['scores'][0]['balanced_alpha']:.2g} gives the bonus 25%" in done.stdout
 
 
 # --- run: what is wrong with the surroundings is said before anything is trained ---

@@ -238,6 +238,16 @@ def test_responses_that_nothing_could_score_are_shown_where_there_are_some(rate,
     assert "quality 0.50" in text.getvalue()
 
 
+def test_a_warning_is_a_line_and_hides_nothing(follower: Follower, append):
+    display, text = plain(follower)
+    append(line("start", "rl-dqo"), step(4, 20, "rl-dqo", message="continuing", metrics={"quality": 0.5}))
+    append(line("warning", "rl-dqo", message="entropy: 0.01 below 0.05, at steps 2 to 4"))
+    display.refresh()
+    assert text.getvalue().splitlines()[2] == "  DQO-RL: warning: entropy: 0.01 below 0.05, at steps 2 to 4"
+    state = follower.stages["rl-dqo"]
+    assert (state.status, state.message, state.step) == ("running", "continuing", 4)
+
+
 # --- a terminal ---
 
 
@@ -273,6 +283,15 @@ def test_a_terminal_shows_the_steps_figures_and_time_left_of_the_running_stage(f
     for expected in ("▶", "4/10", "quality 0.50  log-volume 2.00", "2 min 00 s left", "━"):
         assert expected in row
     assert "unscorable" not in row
+
+
+def test_a_terminal_shows_warnings_below_the_stages_until_the_end(follower: Follower, append):
+    append(line("start", "rl-dqo"), step(4, 4, "rl-dqo", metrics={"quality": 0.5}))
+    append(line("warning", "rl-dqo", message="first"), line("warning", "rl-dqo", message="second"))
+    append(line("done", "rl-dqo", at=160.0))
+    lines = drawn(follower)
+    assert lines[-2:] == ["! DQO-RL: first", "! DQO-RL: second"]
+    assert [row for row in lines if row.startswith("✓ ") or "✓" in row][-1].split()[1] == "DQO-RL"
 
 
 def test_a_terminal_shows_the_message_where_there_are_no_figures(follower: Follower, append):

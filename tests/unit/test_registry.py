@@ -73,6 +73,17 @@ def test_one_metric_that_is_not_clearly_higher_fails_the_gate(volume: Interval):
     assert result.reasons[2].endswith(": higher, intervals apart")
 
 
+def test_a_model_whose_training_was_stopped_fails_the_gate_whatever_it_measures():
+    metrics = {"dqo": NEW, "reward_only": OLD}
+    assert decide(GATE, metrics).passed
+    result = decide(GATE, metrics, stopped="entropy: 0.01 below 0.05, at steps 3 to 7")
+    assert not result.passed
+    assert result.reasons == [
+        "training was stopped by a health rule: entropy: 0.01 below 0.05, at steps 3 to 7",
+        *decide(GATE, metrics).reasons,  # the other rules are reported all the same
+    ]
+
+
 def test_a_quality_that_is_not_known_fails_the_gate():
     unknown = Interval(math.nan, math.nan, math.nan)
     assert not gate(quality=unknown).passed

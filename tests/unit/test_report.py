@@ -14,6 +14,7 @@ from dqo.evaluation.figures import Box, ModelResult
 from dqo.evaluation.metrics import METRICS, duplicate_rate
 from dqo.evaluation.report import Example, Gate, Links, ReportData, Response
 from dqo.evaluation.statistics import Interval
+from dqo.health import Finding as HealthFinding
 from dqo.recipe import Recipe
 
 NAN = math.nan
@@ -356,6 +357,21 @@ def test_gate(data):
     assert "decided after this report" in Page(report.render(data)).words
     page = Page(report.render(replace(data, gate=Gate(False, ["because of this"]))))
     assert "Not passed. because of this" in page.words
+
+
+def test_health(data):
+    """What the rules found stands with the training; a stop stands in front, and in the lineage."""
+    warned = HealthFinding("truncation", "warn", 9, 5, 0.6, 0.5, "above")
+    stopped = HealthFinding("entropy", "stop", 12, 8, 0.01, 0.05, "below")
+    later = HealthFinding("kl", "stop", 12, 8, 2.0, 1.0, "above")
+    silent = Page(report.render(replace(data, health={"reward_only": [], "dqo": []}))).words
+    assert "Health" in silent and "was stopped" not in silent and "20 steps on quality + 1" in silent
+    page = Page(report.render(replace(data, health={"reward_only": [warned], "dqo": [stopped, later]}))).words
+    before, after = page.split("Quality and diversity", 1)
+    assert f"Training of DQO-RL was stopped at step 12 of 20 by a health rule. {stopped.reason}." in before
+    assert warned.reason not in before
+    assert f"Reward-only RL : warning, {warned.reason}" in after or f"Reward-only RL: warning, {warned.reason}" in after
+    assert "12 of 20 steps on quality + 1" in after and " 20 steps on quality alone" in after
 
 
 def test_report_without_curves_examples_and_differences(data):

@@ -1,0 +1,685 @@
+r"""Calibration before training: how far qualities and bonuses differ within groups, and what alpha makes of that.
+
+One round of rollouts from the untrained policy (or from a checkpoint) says what a recipe will meet at its first step.
+Read alpha against it: the gradient sees differences within a group, so what matters is not how large the bonus is but
+how far it differs between the members, beside how far their qualities do.
+
+    s_q = sqrt(mean over groups of var(quality advantage)),   s_b = sqrt(mean over groups of var(bonus))
+    share(alpha) = alpha s_b / s_q,                           alpha(share) = share s_q / s_b              [ours]
+
+with Bessel's correction, over members that count, and the quality advantage as `dqo.advantage` computes it (so that
+`method.quality_scale` is in it). The share is that of the first step: as training raises the quality, its spread
+shrinks and the same alpha weighs more.
+
+    result = calibrate(load("recipes/quickstart.yaml"))
+    print(result.balanced_alpha, *result.reasoning, sep="\n")
+"""
+
+import json
+import math
+import random
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dqo.advantage import group_advantages
+from dqo.data import prepare, read_rows
+from dqo.defences import Defences
+from dqo.diversity import group_score
+from dqo.embedding import ResponseEncoder
+from dqo.errors import DQOError
+from dqo.evaluation.statistics import Interval, bootstrap_interval
+from dqo.files import read_jsonl
+from dqo.generation import Response, left_pad, sample_texts, shares_prompts
+from dqo.policy import CheckpointCard, default_device, end_of_turn_ids, load_for_inference, load_tokenizer, stop_ids
+from dqo.recipe import Method, Recipe
+from dqo.rewards import build, score
+from dqo.shared_prompt import add_shared_prompt_forward
+from dqo.tasks import get_task
+
+PAIRS = Path(__file__).with_name("encoder_pairs.jsonl")
+"""Labelled pairs of sentences; see encoder_pairs.LICENSE.md."""
+
+SHARE = 0.25
+"""Share of the quality's spread that the balanced alpha gives to the bonus [ours]."""
+
+_DRAWS = 2000
+_REFERENCE_PROMPTS = 100
+# What the update costs in forward passes of the same sequences, a rule of thumb [ours]: the backward pass costs one
+# forward for the gradients of activations and another for those of the weights, which frozen weights do not need.
+_PASSES_ADAPTER, _PASSES_FULL = 2, 3
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How far the members of a group differ.
+
+    Attributes:
+        std: Square root of the mean over groups of the variance within a group, Bessel's correction.
+        range: Mean over groups of the largest minus the smallest value.
+        mean: Mean over all members that count.
+        groups: Groups with two members or more that count; only they are in `std` and `range`.
+    """
+
+    std: float
+    range: float
+    mean: float
+    groups: int
+
+
+@dataclass(frozen=True)
+class ScoreCalibration:
+    """One group score on the sampled groups.
+
+    Attributes:
+        name: As `method.score` calls it.
+        bonus: Spread of its bonus.
+        balanced_alpha: The alpha at which the bonus's spread is `share` of the quality's; `None` where one is zero.
+        share: What the recipe's alpha makes of this score: alpha times its spread over the quality's; `None` where
+            the qualities do not differ.
+    """
+
+    name: str
+    bonus: Spread
+    balanced_alpha: float | None
+    share: float | None
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of the responses.
+
+    Attributes:
+        mean: Mean.
+        median: Median.
+        p95: The length that 95 % do not exceed.
+        longest: The longest.
+        limit: `rl.sampling.max_new_tokens`.
+        truncated: Share of the responses that were cut there.
+    """
+
+    mean: float
+    median: float
+    p95: float
+    longest: int
+    limit: int
+    truncated: float
+
+
+@dataclass(frozen=True)
+class References:
+    """Whether the encoder sees that references belong to one prompt.
+
+    Attributes:
+        prompts: Prompts with two references or more.
+        within: Mean cosine similarity of two references of one prompt.
+        between: Of references of different prompts.
+        auc: Probability that a pair of the first kind is the more similar one.
+    """
+
+    prompts: int
+    within: float
+    between: float
+    auc: float
+
+
+@dataclass(frozen=True)
+class EncoderCheck:
+    """Whether the encoder tells the same meaning in other words from another answer.
+
+    Attributes:
+        similarity: Kind of pair (`paraphrase`, `same_topic`, `unrelated`) -> mean cosine similarity.
+        auc_same_topic: Probability that a paraphrase is more similar than another answer about the same things; 0.5 is
+            chance.
+        auc_unrelated: The same against an unrelated sentence.
+        linked: Kind of pair -> share that `method.distinct_threshold` takes for one meaning.
+        references: Of the training prompts; `None` where no prompt has two.
+    """
+
+    similarity: dict[str, Interval]
+    auc_same_topic: Interval
+    auc_unrelated: Interval
+    linked: dict[str, float]
+    references: References | None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of one RL step on this machine.
+
+    Attributes:
+        sampling: Measured.
+        reward: Measured.
+        embedding: Measured.
+        update: An estimate: a measured forward pass over the responses, times what a backward pass costs beside it.
+        steps: `rl.steps`.
+        variants: Trainings of that length: `dqo` and the baselines.
+    """
+
+    sampling: float
+    reward: float
+    embedding: float
+    update: float
+    steps: int
+    variants: int
+
+    @property
+    def step(self) -> float:
+        """All of a step; an estimate, as it holds one."""
+        return self.sampling + self.reward + self.embedding + self.update
+
+    @property
+    def run(self) -> float:
+        """RL of all variants."""
+        return self.step * self.steps * self.variants
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` has measured.
+
+    Attributes:
+        recipe: Name of the recipe.
+        digest: Its digest.
+        policy: The base model, or the checkpoint's folder.
+        prompts: Training prompts that were sampled.
+        k: Responses a prompt.
+        alpha: The recipe's.
+        score: The recipe's.
+        share: What `balanced_alpha` balances for.
+        quality: Spread of the reward.
+        quality_advantage_std: The spread `std` of the quality's part of the advantage; that of the reward unless
+            `method.quality_scale` divides it.
+        unscorable: Share of responses without a reward.
+        no_bonus: Share of responses that earn none, by `method.defences` or for want of a reward.
+        tied_groups: Share of groups whose rewards are all equal.
+        tied_pairs: Share of pairs within groups whose rewards are equal.
+        scores: Every group score; the recipe's is first.
+        lengths: Tokens.
+        encoder_cut: Share of responses that the encoder reads in part only.
+        encoder: What the encoder tells apart.
+        cost: Seconds.
+        reasoning: What follows for alpha, in words.
+        remarks: What is worth a look.
+        problems: What makes training as the recipe has it pointless; empty where nothing does.
+        responses: A row a prompt: `id`, `prompt`, `responses`, `qualities`, `bonuses`, `tokens`, `truncated`.
+    """
+
+    recipe: str
+    digest: str
+    policy: str
+    prompts: int
+    k: int
+    alpha: float
+    score: str
+    share: float
+    quality: Spread
+    quality_advantage_std: float
+    unscorable: float
+    no_bonus: float
+    tied_groups: float
+    tied_pairs: float
+    scores: list[ScoreCalibration]
+    lengths: Lengths
+    encoder_cut: float
+    encoder: EncoderCheck
+    cost: Cost
+    reasoning: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    responses: list[dict[str, Any]] = field(default_factory=list, repr=False)
+
+    @property
+    def balanced_alpha(self) -> float | None:
+        """The recipe's score's."""
+        return self.scores[0].balanced_alpha
+
+    def to_json(self) -> str:
+        """Everything but the responses as JSON; what is not a number is null."""
+        document = {name: value for name, value in asdict(self).items() if name != "responses"}
+        document["cost"] |= {"step": self.cost.step, "run": self.cost.run}
+        return json.dumps(_plain(document), indent=1, allow_nan=False) + "\n"
+
+
+def calibrate(
+    recipe: Recipe,
+    prompts: int = 16,
+    checkpoint: Path | None = None,
+    share: float = SHARE,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Calibration:
+    """Sample groups on training prompts and measure; nothing is trained.
+
+    What is sampled follows from the recipe's seed; only the seconds differ between calls.
+
+    Args:
+        recipe: The recipe.
+        prompts: Training prompts to sample; fewer are used when there are fewer.
+        checkpoint: Folder of a trained checkpoint, e.g. the output of SFT; `None` takes the base model.
+        share: Share of the quality's spread that `balanced_alpha` gives to the bonus.
+        tell: Called with what is being done, for a display.
+
+    Raises:
+        DQOError: If a number is out of range, the data or a model cannot be used, the checkpoint is of another base
+            model, or no group holds two responses with a reward.
+    """
+    if prompts < 1:
+        raise DQOError(f"prompts: got {prompts}; expected 1 or more")
+    if not (math.isfinite(share) and share > 0):
+        raise DQOError(f"share: got {share}; expected a finite number above 0")
+    if checkpoint is not None and (base := CheckpointCard.read(checkpoint).base_model) != recipe.policy.model:
+        raise DQOError(
+            f"{checkpoint}: trained from {base!r}, but the recipe's policy.model is {recipe.policy.model!r}; expected "
+            "a checkpoint of the recipe's model"
+        )
+    device, task = default_device(), get_task(recipe.task)
+    tell("preparing the data")
+    tokenizer = load_tokenizer(recipe.policy)
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(recipe, task, tokenizer, Path(folder) / "data", stop_ids(recipe.policy))
+        train = read_rows(Path(folder) / "data" / "train.jsonl")
+    random.Random(recipe.seed).shuffle(train)
+    rows = train[:prompts]
+
+    tell("loading the models")
+    reward = build(recipe, task, device)
+    encoder = ResponseEncoder(recipe.encoder, device)
+    model = load_for_inference(recipe.policy, device, checkpoint)
+    method, k = recipe.method, recipe.method.k
+    step = recipe.rl.prompts_per_step
+
+    groups: list[list[Response]] = []
+    qualities: list[list[float | None]] = []
+    vectors, similarities = [], []
+    cut, seconds = 0.0, _Stopwatch(device)
+    for start in range(0, len(rows), step):
+        batch = rows[start : start + step]
+        tell(f"sampling, {start} of {len(rows)} prompts")
+        asked = [row["prompt"] for row in batch]
+        count = len(batch) * k
+        with seconds("sampling", count):
+            generator = torch.Generator(device).manual_seed(recipe.seed * 1_000_003 + start)
+            ends = end_of_turn_ids(tokenizer, model)
+            drawn = sample_texts(model, tokenizer, asked, k, recipe.rl.sampling, ends, generator)
+        texts = [one.text for group in drawn for one in group]
+        with seconds("reward", count):
+            values = score(reward, texts, [row for row in batch for _ in range(k)])
+        with seconds("embedding", count):
+            embedded = encoder(texts)
+        vectors.append(embedded.vectors.view(len(batch), k, -1).cpu())
+        questions = encoder(["".join(message["content"] for message in prompt) for prompt in asked]).vectors.cpu()
+        similarities.append((questions.unsqueeze(1) * vectors[-1]).sum(-1))
+        cut += embedded.cut_share * count
+        groups += drawn
+        qualities += [values[at : at + k] for at in range(0, count, k)]
+
+    tell("timing a forward pass")
+    for start in range(0, len(rows), step)[:2]:  # the first warms up
+        forward = _forward(model, tokenizer, rows[start : start + step], groups[start : start + step], recipe)
+        with seconds("forward", len(rows[start : start + step]) * k):
+            forward()
+
+    rewards = torch.tensor([[math.nan if q is None else q for q in group] for group in qualities], dtype=torch.float64)
+    scored = ~rewards.isnan()
+    if not scored.any():
+        raise DQOError(
+            f"reward {reward.name!r}: none of the {scored.numel()} responses could be scored (None or NaN); expected "
+            "at least one number"
+        )
+    if not (scored.sum(1) > 1).any():
+        raise DQOError(
+            f"reward {reward.name!r}: no group of {k} holds two responses with a reward, so nothing can be compared "
+            f"within a group ({int(scored.sum())} of {scored.numel()} responses have one)"
+        )
+    embeddings = torch.cat(vectors)
+    truncated = torch.tensor([[one.truncated for one in group] for group in groups])
+    earns = Defences(**method.defences.model_dump()).earns(rewards, truncated, torch.cat(similarities))
+    quality = spread(rewards, scored)
+    advantage = group_advantages(
+        rewards, torch.zeros_like(rewards), 0.0, method.advantage, method.quality_scale, earns=earns
+    )
+    advantage_std = spread(advantage, scored).std
+    scores, bonuses = _scores(recipe, embeddings, earns, advantage_std, share)
+
+    tell("checking the encoder")
+    tied_groups, tied_pairs = ties(rewards)
+    tokens = np.array([one.tokens for group in groups for one in group])
+    per_response = {name: seconds.per_response(name) for name in ("sampling", "reward", "embedding", "forward")}
+    rows_of_step = step * k
+    result = Calibration(
+        recipe=recipe.name,
+        digest=recipe.digest,
+        policy=recipe.policy.model if checkpoint is None else str(checkpoint),
+        prompts=len(rows),
+        k=k,
+        alpha=method.alpha,
+        score=method.score,
+        share=share,
+        quality=quality,
+        quality_advantage_std=advantage_std,
+        unscorable=1 - scored.double().mean().item(),
+        no_bonus=1 - earns.double().mean().item(),
+        tied_groups=tied_groups,
+        tied_pairs=tied_pairs,
+        scores=scores,
+        lengths=Lengths(
+            mean=float(tokens.mean()),
+            median=float(np.median(tokens)),
+            p95=float(np.quantile(tokens, 0.95)),
+            longest=int(tokens.max()),
+            limit=recipe.rl.sampling.max_new_tokens,
+            truncated=truncated.double().mean().item(),
+        ),
+        encoder_cut=cut / scored.numel(),
+        encoder=check_encoder(encoder, recipe, [row["references"] for row in train[:_REFERENCE_PROMPTS]]),
+        cost=Cost(
+            sampling=per_response["sampling"] * rows_of_step,
+            reward=per_response["reward"] * rows_of_step,
+            embedding=per_response["embedding"] * rows_of_step,
+            update=per_response["forward"] * rows_of_step * _passes(recipe),
+            steps=recipe.rl.steps,
+            variants=len(recipe.variants),
+        ),
+        responses=[
+            {
+                "id": row["id"],
+                "prompt": row["prompt"][-1]["content"],
+                "responses": [one.text for one in group],
+                "qualities": values,
+                "bonuses": [round(value, 6) for value in bonus],
+                "tokens": [one.tokens for one in group],
+                "truncated": [one.truncated for one in group],
+            }
+            for row, group, values, bonus in zip(rows, groups, qualities, bonuses.tolist(), strict=True)
+        ],
+    )
+    result.reasoning.extend(_reasoning(result, recipe))
+    result.problems.extend(_problems(result))
+    result.remarks.extend(_remarks(result, recipe, prompts))
+    return result
+
+
+def spread(values: Tensor, counted: Tensor) -> Spread:
+    """How far values differ within their groups.
+
+    Args:
+        values: Shape `(groups, k)`; anything where not counted.
+        counted: Boolean, shape `(groups, k)`.
+
+    Returns:
+        See `Spread`; `std` and `range` are nan when no group has two members that count.
+    """
+    members = [row[mask] for row, mask in zip(values.double(), counted, strict=True)]
+    compared = [row for row in members if len(row) > 1]
+    together = torch.cat(members)
+    if not compared:
+        return Spread(math.nan, math.nan, together.mean().item(), 0)
+    return Spread(
+        std=math.sqrt(float(np.mean([row.var().item() for row in compared]))),
+        range=float(np.mean([(row.max() - row.min()).item() for row in compared])),
+        mean=together.mean().item(),
+        groups=len(compared),
+    )
+
+
+def ties(rewards: Tensor) -> tuple[float, float]:
+    """Share of groups whose rewards are all equal, and of pairs within groups whose rewards are.
+
+    Args:
+        rewards: Shape `(groups, k)`; NaN where a response could not be scored. A group with fewer than two rewards has
+            nothing to compare and counts as equal.
+    """
+    equal_groups, equal_pairs, pairs = 0, 0, 0
+    for row in rewards:
+        values = row[~row.isnan()]
+        same = (values.unsqueeze(0) == values.unsqueeze(1)).triu(1).sum().item()
+        count = len(values) * (len(values) - 1) // 2
+        equal_groups += int(same == count)
+        equal_pairs, pairs = equal_pairs + int(same), pairs + count
+    return equal_groups / len(rewards), equal_pairs / pairs if pairs else math.nan
+
+
+def _scores(
+    recipe: Recipe, embeddings: Tensor, earns: Tensor, quality_std: float, share: float
+) -> tuple[list[ScoreCalibration], Tensor]:
+    """Every score on the same groups, the recipe's first, and the bonuses of that one."""
+    method = recipe.method
+    names = list(get_args(Method.model_fields["score"].annotation))
+    names.sort(key=lambda name: name != method.score)  # the recipe's first, the others as they are
+    found, own = [], torch.empty(0)
+    for name in names:
+        bonus = group_score(name, method.k, method.kernel_scale, method.distinct_threshold).bonus(embeddings, earns)
+        own = bonus if name == method.score else own
+        part = spread(bonus, earns) if earns.any() else Spread(math.nan, math.nan, math.nan, 0)
+        differs = part.std > 1e-9  # false for nan; float32 leaves a rounding where members coincide
+        found.append(
+            ScoreCalibration(
+                name,
+                part,
+                share * quality_std / part.std if differs and quality_std > 0 else None,
+                method.alpha * part.std / quality_std if quality_std > 0 and part.groups else None,
+            )
+        )
+    return found, own
+
+
+# The encoder ----------------------------------------------------------------------------------------------------------
+
+
+def check_encoder(encoder: ResponseEncoder, recipe: Recipe, references: Sequence[Sequence[str]] = ()) -> EncoderCheck:
+    """Measure what an encoder tells apart on the labelled pairs and on references.
+
+    Intervals are bootstraps over the first sentences of the pairs, each of which stands in one pair of every kind.
+
+    Args:
+        encoder: The encoder.
+        recipe: Its seed, `method.distinct_threshold` and the level of `evaluation.confidence`.
+        references: References of each prompt.
+    """
+    pairs = read_jsonl(PAIRS)
+    kinds = list(dict.fromkeys(pair["kind"] for pair in pairs))
+    similarity = {}
+    for kind in kinds:
+        first = encoder([pair["a"] for pair in pairs if pair["kind"] == kind]).vectors
+        second = encoder([pair["b"] for pair in pairs if pair["kind"] == kind]).vectors
+        similarity[kind] = (first * second).sum(-1).double().cpu().numpy()
+    level, seed = recipe.evaluation.confidence, recipe.seed
+    return EncoderCheck(
+        similarity={kind: bootstrap_interval(values, _DRAWS, level, seed) for kind, values in similarity.items()},
+        auc_same_topic=auc_interval(similarity["paraphrase"], similarity["same_topic"], level, seed),
+        auc_unrelated=auc_interval(similarity["paraphrase"], similarity["unrelated"], level, seed),
+        linked={
+            kind: float((values >= recipe.method.distinct_threshold).mean()) for kind, values in similarity.items()
+        },
+        references=_references(encoder, references),
+    )
+
+
+def auc(above: NDArray[np.float64], below: NDArray[np.float64]) -> float:
+    """Probability that a value of `above` is larger than one of `below`; a tie counts half (Mann-Whitney)."""
+    # Ranks by bisection: no matrix of all pairs of pairs.
+    ordered = np.sort(below)
+    smaller = np.searchsorted(ordered, above, side="left")
+    not_larger = np.searchsorted(ordered, above, side="right")
+    return float((smaller + not_larger).mean() / 2 / len(ordered))
+
+
+def auc_interval(above: NDArray[np.float64], below: NDArray[np.float64], confidence: float, seed: int) -> Interval:
+    """`auc` with a percentile bootstrap; `above[i]` and `below[i]` share an item and are drawn together."""
+    generator = np.random.default_rng(seed)
+    draws = [auc(above[at], below[at]) for at in generator.integers(len(above), size=(_DRAWS, len(above)))]
+    tail = (1 - confidence) / 2
+    return Interval(auc(above, below), *(float(bound) for bound in np.quantile(draws, [tail, 1 - tail])))
+
+
+def _references(encoder: ResponseEncoder, references: Sequence[Sequence[str]]) -> References | None:
+    several = [list(group) for group in references if len(group) > 1]
+    if len(several) < 2:
+        return None
+    vectors = encoder([text for group in several for text in group]).vectors.double()
+    owner = torch.tensor([index for index, group in enumerate(several) for _ in group], device=vectors.device)
+    rows, columns = torch.triu_indices(len(owner), len(owner), 1, device=vectors.device)
+    similarity, together = (vectors @ vectors.T)[rows, columns], owner[rows] == owner[columns]
+    within, between = similarity[together].cpu().numpy(), similarity[~together].cpu().numpy()
+    return References(len(several), float(within.mean()), float(between.mean()), auc(within, between))
+
+
+# Seconds --------------------------------------------------------------------------------------------------------------
+
+
+class _Stopwatch:
+    """Seconds a response of each activity, the work of an accelerator included."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seen: dict[str, list[float]] = {}
+
+    def __call__(self, name: str, responses: int) -> "_Lap":
+        return _Lap(self._device, self._seen.setdefault(name, []), responses)
+
+    def per_response(self, name: str) -> float:
+        """Median over the batches."""
+        return float(np.median(self._seen[name]))
+
+
+class _Lap:
+    def __init__(self, device: torch.device, into: list[float], responses: int) -> None:
+        self._device, self._into, self._responses = device, into, responses
+
+    def __enter__(self) -> None:
+        self._wait()
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._wait()
+        self._into.append((time.perf_counter() - self._start) / self._responses)
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def _passes(recipe: Recipe) -> int:
+    """Forward passes that an update is worth: see the constants; recomputation and the KL's reference add one each."""
+    passes = _PASSES_FULL if recipe.policy.lora is None else _PASSES_ADAPTER
+    return passes + int(recipe.policy.gradient_checkpointing) + int(recipe.rl.beta > 0)
+
+
+def _forward(
+    model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], groups: Sequence[Sequence[Response]], recipe: Recipe
+) -> Callable[[], object]:
+    """A pass over the responses in the form in which the trainer scores them; only lengths matter, not the tokens."""
+    encoded = tokenizer.apply_chat_template(
+        [row["prompt"] for row in rows], add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    device, pad = model.device, tokenizer.pad_token_id
+    lengths = [one.tokens for group in groups for one in group]
+    responses = torch.full((len(lengths), max(lengths)), pad, device=device)
+    mask = torch.tensor([[int(at < length) for at in range(max(lengths))] for length in lengths], device=device)
+    of = torch.arange(len(groups), device=device).repeat_interleave(recipe.method.k)
+    if shares_prompts(model.config) and not recipe.policy.gradient_checkpointing:
+        add_shared_prompt_forward(model)
+        ids, attention = left_pad(encoded, pad, device)
+        arguments = {"input_ids": ids, "attention_mask": attention, "completion_ids": responses,
+                     "completion_mask": mask, "prompt_rows": of, "temperature": 1.0}  # fmt: skip
+    else:
+        ids, attention = left_pad([encoded[index] for index in of.tolist()], pad, device)
+        arguments = {"input_ids": torch.cat([ids, responses], 1), "attention_mask": torch.cat([attention, mask], 1),
+                     "logits_to_keep": responses.shape[1]}  # fmt: skip
+
+    def run() -> object:
+        with torch.no_grad():
+            return model(**arguments)
+
+    return run
+
+
+# Words ----------------------------------------------------------------------------------------------------------------
+
+
+def _reasoning(result: Calibration, recipe: Recipe) -> list[str]:
+    own, q = result.scores[0], result.quality_advantage_std
+    unit = "nats" if own.name == "log_volume" else f"of {own.name}"
+    scaled = "" if recipe.method.quality_scale == "none" else f" (after quality_scale {recipe.method.quality_scale!r})"
+    words = [
+        f"Within a group, quality differs by {q:.3g} (standard deviation){scaled} and the bonus by "
+        f"{own.bonus.std:.3g} {unit}."
+    ]
+    if own.share is not None:
+        words.append(
+            f"At the recipe's alpha = {result.alpha:g} the bonus weighs {result.alpha * own.bonus.std:.3g}, "
+            f"{own.share:.0%} of what quality weighs; the most and the least different member of a group are "
+            f"{result.alpha * own.bonus.range:.3g} of quality apart."
+        )
+    if own.name == "log_volume" and recipe.method.kernel_scale == 1.0:
+        room = math.log(2) - math.log1p(1 / result.k)
+        words.append(
+            f"The bonus lies between {math.log1p(1 / result.k):.3f} (it repeats all others) and {math.log(2):.3f} nats "
+            f"(it is unlike all others): at most {result.alpha * room:.3g} of quality at that alpha."
+        )
+    if own.balanced_alpha is not None:
+        words.append(
+            f"alpha = {own.balanced_alpha:.2g} gives the bonus {result.share:.0%} of the quality's weight at the first "
+            "step. The share grows as training raises the quality and its spread shrinks, so begin low."
+        )
+    return words
+
+
+def _problems(result: Calibration) -> list[str]:
+    found = []
+    if result.quality_advantage_std == 0 or result.tied_groups == 1:
+        found.append(
+            "every group's rewards are equal: quality gives no signal at all, and no alpha balances it; change the "
+            "reward, the prompts or the policy (SFT first?)"
+        )
+    own = result.scores[0]
+    if not own.bonus.std > 1e-9 and result.alpha > 0:
+        found.append(
+            f"the bonus of {own.name} is equal for all members of every group: alpha has nothing to weigh"
+            + (f" ({result.no_bonus:.0%} of the responses earn none, see method.defences)" if result.no_bonus else "")
+        )
+    for kind, area in (("an unrelated sentence", result.encoder.auc_unrelated),
+                       ("another answer about the same things", result.encoder.auc_same_topic)):  # fmt: skip
+        if area.low <= 0.5:
+            found.append(
+                f"the encoder does not tell a paraphrase from {kind} (AUC {area.mean:.2f} "
+                f"[{area.low:.2f}, {area.high:.2f}], chance is 0.5): its volume is not one of meaning"
+            )
+    return found
+
+
+def _remarks(result: Calibration, recipe: Recipe, prompts: int) -> list[str]:
+    health, found = recipe.rl.health, []
+    if result.prompts < prompts:
+        found.append(f"{prompts} prompts were asked for, the training data holds {result.prompts}")
+    for value, limit, words in (
+        (result.tied_groups, health.zero_variance.max, "of the groups have equal rewards (rl.health.zero_variance)"),
+        (result.lengths.truncated, health.truncation.max, "of the responses are truncated (rl.health.truncation)"),
+        (result.encoder_cut, health.encoder_cut.max, "of the responses are cut by the encoder (rl.health.encoder_cut)"),
+        (result.unscorable, health.unscorable.max, "of the responses have no reward (rl.health.unscorable)"),
+    ):
+        if limit is not None and value > limit:
+            found.append(f"{value:.0%} {words}, more than {limit:.0%}")
+    if result.score == "distinct" and result.encoder.linked["paraphrase"] < 0.5:
+        found.append(
+            f"method.distinct_threshold = {recipe.method.distinct_threshold:g} takes only "
+            f"{result.encoder.linked['paraphrase']:.0%} of the paraphrases for one meaning"
+        )
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """With None for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
