@@ -146,6 +146,7 @@ class DQOTrainer(GRPOTrainer):
         self._gathered_similarity: Tensor | None = None
         self._defences = Defences(args.min_quality, args.quality_gate, args.drop_truncated, args.min_prompt_similarity)
         self._encoder_cut_share = 0.0
+        self._likelihood_sums = torch.zeros(2)  # of the step's demonstrations in this process: nats, tokens
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         sampler: Any = super()._get_train_sampler(dataset)
@@ -207,8 +208,8 @@ class DQOTrainer(GRPOTrainer):
         if self._embeds:
             assert self.encoder is not None
             embedded = self.encoder([_text(completion) for completion in completions])
-            self._encoder_cut_share = embedded.cut_share
             vectors = embedded.vectors.to(self.accelerator.device)
+            self._encoder_cut_share = self.accelerator.gather(vectors.new_tensor([embedded.cut_share])).mean().item()
             # k x d floats a group are cheap to move; similarities of a part of a group are not a part of its volume.
             self._gathered_embeddings = self.accelerator.gather(vectors)
             cut = [not ids or ids[-1] not in self.eos_token_ids for ids in completion_ids_list]
@@ -366,8 +367,12 @@ class DQOTrainer(GRPOTrainer):
         likelihood = (log_probs.sum(-1) * weights).sum() * self.accelerator.num_processes / prompts
         tokens = ((labels[:, 1:] != -100).sum(-1) * weights).sum()
         sums = torch.stack([(log_probs.detach().sum(-1) * weights).sum(), tokens])
+        logged = self._metrics["train"]["demonstration_nll"]
+        if logged:  # an earlier micro-batch of the step
+            sums = sums + self._likelihood_sums
+        self._likelihood_sums = sums
         total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
-        self._metrics["train"]["demonstration_nll"].append(-total / count)
+        logged[:] = [-total / count]
         return -likelihood / self.max_completion_length
 
 

@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,8 @@ def carry_out(
     if context.recipe.processes == 1:
         work(context, folder, progress, run, key, **inputs)
     else:
+        place = folder.path / "processes"
+        shutil.rmtree(place, ignore_errors=True)
         job = {
             "work": work.__module__.rpartition(".")[2],
             "recipe": context.recipe.to_json(),
@@ -74,17 +76,28 @@ def carry_out(
             "key": key,
             "inputs": inputs,
         }
-        _launch(job, folder, context.recipe.processes, context.recipe.distributed.strategy)
+        write_text(place / "job.json", json.dumps(job))
+        with patch_environment(**environment(context.recipe.distributed.strategy)):
+            launch(["-m", "dqo.stages.worker", str(place / "job.json")], place, context.recipe.processes)
+        shutil.rmtree(place)
     run.folder(folder.output, "checkpoint")
     folder.finish()
     shutil.rmtree(folder.path / "checkpoints", ignore_errors=True)
 
 
-def _launch(job: dict[str, Any], folder: StageFolder, processes: int, strategy: str) -> None:
-    """Start the processes of a job with torchrun's agent and wait for them."""
-    place = folder.path / "processes"
-    shutil.rmtree(place, ignore_errors=True)
-    write_text(place / "job.json", json.dumps(job))
+def launch(arguments: Sequence[str], place: Path, processes: int) -> None:
+    """Start processes with torchrun's agent and wait for them; a signal to this process ends them all.
+
+    Args:
+        arguments: Python's, of each process.
+        place: Folder inside the stage's where a process leaves its failure (`write_failure`).
+        processes: How many.
+
+    Raises:
+        DQOError: If one raised it or was ended by a signal.
+        RuntimeError: If one failed otherwise, with its own traceback as a note.
+        KeyboardInterrupt: If a signal ended this process; the others have ended then.
+    """
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -97,22 +110,19 @@ def _launch(job: dict[str, Any], folder: StageFolder, processes: int, strategy: 
         max_restarts=0,  # a stage that is repeated continues from its checkpoint
         shutdown_timeout=_SHUTDOWN_SECONDS,
     )
-    variables = environment(strategy)
-    if "OMP_NUM_THREADS" not in os.environ:
-        variables["OMP_NUM_THREADS"] = str(max(1, _cores() // processes))
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     try:
-        # The agent turns each of the signals into an exception, having passed it on to the processes.
-        with patch_environment(**variables):
-            elastic_launch(config, sys.executable)("-m", "dqo.stages.worker", str(place / "job.json"))
+        with patch_environment(OMP_NUM_THREADS=threads):
+            # The agent turns each of the signals into an exception, having passed it on to the processes.
+            elastic_launch(config, sys.executable)(*arguments)
     except SignalException as error:
         raise KeyboardInterrupt(str(error)) from None
     except ChildFailedError as error:
-        raise _cause(place, error.failures, processes, newest_checkpoint(folder.path)) from None
+        raise _cause(place, error.failures, processes) from None
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    shutil.rmtree(place, ignore_errors=True)
 
 
 def _cores() -> int:
@@ -125,7 +135,7 @@ def write_failure(job: Path, rank: int, failure: dict[str, Any]) -> None:
     write_text(job.with_name(f"failure-{rank}.json"), json.dumps(failure))
 
 
-def _cause(place: Path, failures: dict[int, ProcessFailure], count: int, checkpoint: Path | None) -> Exception:
+def _cause(place: Path, failures: dict[int, ProcessFailure], count: int) -> Exception:
     """The error that the others followed from: when one process fails, the others lose their connection to it."""
     told = {}
     for rank in failures:
@@ -147,6 +157,7 @@ def _cause(place: Path, failures: dict[int, ProcessFailure], count: int, checkpo
                 ": most likely the machine or the container ran out of memory, which all processes share; lower "
                 "micro_batch or distributed.processes, or give it more memory"
             )
+        checkpoint = newest_checkpoint(place.parent)
         again = "starts from the first step" if checkpoint is None else f"continues from {checkpoint.name}"
         return DQOError(f"{reason}. The same command {again}")
     if order:
