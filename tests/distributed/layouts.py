@@ -1,5 +1,6 @@
 """Training runs that have to be the same in every layout, and the script that torchrun runs them with."""
 
+import gc
 import os
 import sys
 import typing
@@ -11,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from scripted import build, weights
+from transformers import TrainerCallback
 
 from dqo.data import encode_demonstration
 from dqo.policy import load_tokenizer
@@ -45,26 +47,40 @@ def demonstrations(policy: Path) -> list[dict[str, Any]]:
     return rows
 
 
+class _Rows(TrainerCallback):
+    """What the recorder of a stage is given: the log history holds rounded texts."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def on_log(self, args, state, control, logs, **_):
+        if "loss" in logs:
+            self.rows.append({name: float(value) for name, value in logs.items()})
+
+
 def run(policy: Path, encoder: Path, work: Path, name: str, processes: int, accumulation: int) -> dict[str, Any]:
     """Train one case; returns what each process has of it."""
     settings = dict(CASES[name])
     if settings.get("quality") == "demonstration":
         settings |= {"rows": demonstrations(policy), "reward_funcs": None}
+    recorded = _Rows()
     trainer = build(
-        policy, encoder, work, steps=STEPS, processes=processes, accumulation=accumulation, **{"alpha": 0.7, **settings}
-    )
+        policy, encoder, work, steps=STEPS, processes=processes, accumulation=accumulation, callbacks=[recorded],
+        **{"alpha": 0.7, **settings},
+    )  # fmt: skip
     before = weights(trainer)
     trainer.train()
     return {
         "advantages": getattr(trainer, "used", []),
         "before": before,
         "weights": weights(trainer),
-        "history": [row for row in trainer.state.log_history if "loss" in row],
+        "history": recorded.rows,
     }
 
 
 if __name__ == "__main__":
     policy, encoder, output = map(Path, sys.argv[1:4])
+    gc.freeze()  # each run collects garbage at its start; what is imported is none
     world, rank = int(os.environ["WORLD_SIZE"]), os.environ["RANK"]
     for name in CASES:
         for accumulation in ACCUMULATIONS:
