@@ -49,7 +49,7 @@ def test_a_mistake_is_told_in_its_own_words_with_the_process(place):
 
 
 def test_a_bug_keeps_its_traceback(place):
-    with pytest.raises(RuntimeError, match=r"^ZeroDivisionError: division by zero \(process 1 of 2\)$") as caught:
+    with pytest.raises(RuntimeError, match=r"^ZeroDivisionError: division by zero \(process 1 of 2\)") as caught:
         start(place, "bug")
     assert caught.value.__notes__ == ["Traceback of rank 1"]
 
@@ -72,7 +72,9 @@ def test_an_exit_code_is_told(place):
         start(place, "exit")
 
 
-@pytest.mark.parametrize(("what", "number"), [("wait", signal.SIGTERM), ("wait", signal.SIGINT), ("stubborn", signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("what", "number"), [("wait", signal.SIGTERM), ("wait", signal.SIGINT), ("stubborn", signal.SIGTERM)]
+)
 def test_a_signal_ends_all_processes_and_is_an_interrupt(place, monkeypatch, what, number):
     monkeypatch.setattr(processes, "_SHUTDOWN_SECONDS", 2)
     before = signal.signal(number, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""A process without torch, for tests of what `dqo.stages.processes` does when processes end: `worker.py FOLDER WHAT`."""
+"""A process without torch, for tests of what `dqo.stages.processes` does when one ends: `worker.py FOLDER WHAT`."""
 
 import json
 import os
