@@ -147,12 +147,12 @@ def _cause(place: Path, failures: dict[int, ProcessFailure], count: int) -> Exce
         if told[rank]["type"] == DQOError.__name__:
             return DQOError(f"{told[rank]['message']} (process {rank} of {count})")
     # The agent ends those that are left with SIGTERM; any other signal came from outside or from a crash.
-    signalled = [rank for rank in failures if rank not in told and failures[rank].exitcode < 0]
-    signalled.sort(key=lambda rank: failures[rank].exitcode == -signal.SIGTERM)
-    if signalled and (not order or failures[signalled[0]].exitcode != -signal.SIGTERM):
-        rank = signalled[0]
-        reason = f"process {rank} of {count} was ended by {failures[rank].signal_name()}"
-        if failures[rank].exitcode == -signal.SIGKILL:
+    silent = [rank for rank in failures if rank not in told]
+    silent.sort(key=lambda rank: failures[rank].exitcode == -signal.SIGTERM)
+    if silent and failures[silent[0]].exitcode < 0 and failures[silent[0]].exitcode != -signal.SIGTERM:
+        failure = failures[silent[0]]
+        reason = f"process {silent[0]} of {count} was ended by {failure.signal_name()}"
+        if failure.exitcode == -signal.SIGKILL:
             reason += (
                 ": most likely the machine or the container ran out of memory, which all processes share; lower "
                 "micro_batch or distributed.processes, or give it more memory"
@@ -165,5 +165,5 @@ def _cause(place: Path, failures: dict[int, ProcessFailure], count: int) -> Exce
         error = RuntimeError(f"{first['type']}: {first['message']} (process {order[0]} of {count})")
         error.add_note(first["traceback"])
         return error
-    rank = min(failures)
+    rank = silent[0]
     return RuntimeError(f"process {rank} of {count} ended with exit code {failures[rank].exitcode}; see its output")
