@@ -27,6 +27,8 @@ from dqo.stages.context import Context, StageFolder
 from dqo.stages.training import newest_checkpoint
 from dqo.tracking import Run
 
+STAGE_PROCESS = "DQO_STAGE_PROCESS"
+"""Variable with the id of the stage's process, whose end is that of the processes it has started."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 # What is left of a stage's patience when it is told to end: `dqo run` insists after 20 seconds, Kubernetes after 30.
 _SHUTDOWN_SECONDS = 10
@@ -113,7 +115,7 @@ def launch(arguments: Sequence[str], place: Path, processes: int) -> None:
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     try:
-        with patch_environment(OMP_NUM_THREADS=threads):
+        with patch_environment(OMP_NUM_THREADS=threads, **{STAGE_PROCESS: os.getpid()}):
             # The agent turns each of the signals into an exception, having passed it on to the processes.
             elastic_launch(config, sys.executable)(*arguments)
     except SignalException as error:

@@ -21,14 +21,16 @@ from dqo.progress import Progress
 from dqo.recipe import parse
 from dqo.stages import rl, sft
 from dqo.stages.context import Context, StageFolder
-from dqo.stages.processes import write_failure
+from dqo.stages.processes import STAGE_PROCESS, write_failure
 from dqo.tracking import Run
 
 
 def main(path: Path) -> None:
     """Do the work of a job file as the process that torchrun's variables name."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # at once: nothing here has to be closed
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    # The stage may be gone before the imports above are done; by hand, there is none.
+    stage = int(os.environ.get(STAGE_PROCESS, os.getppid()))
+    threading.Thread(target=_end_with, args=(stage,), daemon=True).start()
     rank = int(os.environ["RANK"])
     try:
         if torch.cuda.is_available():

@@ -11,10 +11,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from scripted import build, weights
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from dqo.data import encode_demonstration
+from dqo.distributed import environment
 from dqo.policy import load_tokenizer
 from dqo.recipe import Policy
 from dqo.trainer import DQOConfig
@@ -33,6 +37,8 @@ CASES: dict[str, dict[str, Any]] = {
     "sft-hot": {"quality": "demonstration", "alpha": 0.7, "temperature": 0.7},
     "sft-plain": {"quality": "demonstration", "alpha": 0.0},
 }
+
+SPLIT = ("rl-log_volume", "rl-kl", "rl-full-fine-tuning", "sft")
 
 
 def demonstrations(policy: Path) -> list[dict[str, Any]]:
@@ -78,6 +84,13 @@ def run(policy: Path, encoder: Path, work: Path, name: str, processes: int, accu
     }
 
 
+def call_the_cpu_an_accelerator() -> None:
+    """accelerate 1.15 splits no model over processes on CPUs, though PyTorch can: tell it that these are accelerators."""
+    torch.distributed.init_process_group("gloo")
+    PartialState._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+
+
 if __name__ == "__main__":
     policy, encoder, output = map(Path, sys.argv[1:4])
     gc.freeze()  # each run collects garbage at its start; what is imported is none
@@ -86,3 +99,11 @@ if __name__ == "__main__":
         for accumulation in ACCUMULATIONS:
             result = run(policy, encoder, output / "work", name, world, accumulation)
             torch.save(result, output / f"{name}-{accumulation}-{rank}.pt")
+    os.environ.update(environment("fsdp"))
+    torch.distributed.destroy_process_group()
+    call_the_cpu_an_accelerator()
+    for name in SPLIT:
+        result = run(policy, encoder, output / "work", name, world, 1)
+        assert all(isinstance(value, DTensor) for value in result["weights"].values())
+        result |= {"before": None, "weights": {key: value.full_tensor() for key, value in result["weights"].items()}}
+        torch.save(result, output / f"{name}-fsdp-{rank}.pt")

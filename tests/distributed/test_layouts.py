@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from layouts import ACCUMULATIONS, CASES, STEPS, run
+from layouts import ACCUMULATIONS, CASES, SPLIT, STEPS, run
 
 ROOT = Path(__file__).parents[2]
 # Not compared: TRL's entropy, kl and clip ratios, which average over processes the means over what each of them holds.
@@ -47,8 +48,17 @@ def one_process(tiny_policy, tiny_encoder, tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_train_what_one_trains(one_process, two_processes, name, accumulation):
     """Three groups of four: the middle one is cut in half, and with three micro-batches each group is."""
-    alone = one_process[name]
-    ranks = [torch.load(two_processes / f"{name}-{accumulation}-{rank}.pt") for rank in (0, 1)]
+    compare(one_process[name], two_processes, f"{name}-{accumulation}")
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_a_model_split_over_two_processes_trains_as_a_whole_one(one_process, two_processes, name):
+    """PyTorch's FSDP2 with the settings of `strategy: fsdp`, on CPUs that accelerate takes for accelerators."""
+    compare(one_process[name], two_processes, f"{name}-fsdp")
+
+
+def compare(alone: dict[str, Any], folder: Path, run: str) -> None:
+    ranks = [torch.load(folder / f"{run}-{rank}.pt") for rank in (0, 1)]
     assert len(alone["history"]) == STEPS
     for step, row in enumerate(alone["history"]):
         for rank in ranks:

@@ -39,6 +39,7 @@ def test_processes_share_the_processors_and_know_their_place(place, monkeypatch)
     seen = [json.loads((place / f"environment-{rank}.json").read_text()) for rank in (0, 1)]
     assert [(one["RANK"], one["WORLD_SIZE"], one["LOCAL_RANK"]) for one in seen] == [("0", "2", "0"), ("1", "2", "1")]
     assert [one["OMP_NUM_THREADS"] for one in seen] == ["3", "3"]
+    assert [one[processes.STAGE_PROCESS] for one in seen] == [str(os.getpid())] * 2
     assert "OMP_NUM_THREADS" not in os.environ and "RANK" not in os.environ
 
 
