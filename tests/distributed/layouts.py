@@ -85,7 +85,7 @@ def run(policy: Path, encoder: Path, work: Path, name: str, processes: int, accu
 
 
 def call_the_cpu_an_accelerator() -> None:
-    """accelerate 1.15 splits no model over processes on CPUs, though PyTorch can: tell it that these are accelerators."""
+    """accelerate 1.15 splits no model over CPU processes, though PyTorch can: tell it that these are accelerators."""
     torch.distributed.init_process_group("gloo")
     PartialState._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_GPU)
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
