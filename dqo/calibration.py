@@ -32,15 +32,15 @@ from torch import Tensor
 
 from dqo.advantage import group_advantages
 from dqo.data import prepare, read_rows
-from dqo.defences import Defences
-from dqo.diversity import group_score
+from dqo.defences import Defences, embedded_text
+from dqo.diversity import Group, group_score
 from dqo.embedding import ResponseEncoder
 from dqo.errors import DQOError
 from dqo.evaluation.statistics import Interval, bootstrap_interval
 from dqo.files import read_jsonl
 from dqo.generation import Response, left_pad, sample_texts, shares_prompts
 from dqo.policy import CheckpointCard, default_device, end_of_turn_ids, load_for_inference, load_tokenizer, stop_ids
-from dqo.recipe import Method, Recipe
+from dqo.recipe import Recipe, Score
 from dqo.rewards import build, score
 from dqo.shared_prompt import add_shared_prompt_forward
 from dqo.tasks import get_task
@@ -293,12 +293,17 @@ def calibrate(
     reward = build(recipe, task, device)
     encoder = ResponseEncoder(recipe.encoder, device)
     model = load_for_inference(recipe.policy, device, checkpoint)
+    shared = shares_prompts(model.config) and not recipe.policy.gradient_checkpointing
+    if shared:
+        add_shared_prompt_forward(model)
     method, k = recipe.method, recipe.method.k
     step = recipe.rl.prompts_per_step
 
     groups: list[list[Response]] = []
     qualities: list[list[float | None]] = []
-    vectors, similarities = [], []
+    vectors, similarities, likelihoods = [], [], []
+    unembedded: list[Tensor] = []
+    pick = embedded_text(method.defences.embed, method.defences.strip_reasoning, task.answer)
     cut, seconds = 0.0, _Stopwatch(device)
     for start in range(0, len(rows), step):
         batch = rows[start : start + step]
@@ -312,20 +317,18 @@ def calibrate(
         texts = [one.text for group in drawn for one in group]
         with seconds("reward", count):
             values = score(reward, texts, [row for row in batch for _ in range(k)])
+        picked = [pick(text) for text in texts]
         with seconds("embedding", count):
-            embedded = encoder(texts)
+            embedded = encoder([text or "" for text in picked])
+        unembedded.append(torch.tensor([text is None for text in picked]).view(len(batch), k))
         vectors.append(embedded.vectors.view(len(batch), k, -1).cpu())
         questions = encoder(["".join(message["content"] for message in prompt) for prompt in asked]).vectors.cpu()
         similarities.append((questions.unsqueeze(1) * vectors[-1]).sum(-1))
         cut += embedded.cut_share * count
+        with seconds("forward", count):
+            likelihoods.append(_log_likelihood(model, tokenizer, asked, drawn, recipe, shared).cpu())
         groups += drawn
         qualities += [values[at : at + k] for at in range(0, count, k)]
-
-    tell("timing a forward pass")
-    for start in range(0, len(rows), step)[:2]:  # the first warms up
-        forward = _forward(model, tokenizer, rows[start : start + step], groups[start : start + step], recipe)
-        with seconds("forward", len(rows[start : start + step]) * k):
-            forward()
 
     rewards = torch.tensor([[math.nan if q is None else q for q in group] for group in qualities], dtype=torch.float64)
     scored = ~rewards.isnan()
@@ -341,17 +344,22 @@ def calibrate(
         )
     embeddings = torch.cat(vectors)
     truncated = torch.tensor([[one.truncated for one in group] for group in groups])
-    earns = Defences(**method.defences.model_dump()).earns(rewards, truncated, torch.cat(similarities))
+    tokens = torch.tensor([[one.tokens for one in group] for group in groups])
+    conditions = Defences(**method.defences.model_dump(exclude={"embed", "strip_reasoning"}))
+    failed = conditions.failed(rewards, truncated, tokens, torch.cat(similarities)) | {
+        "no_answer": torch.cat(unembedded)
+    }
+    earns = ~torch.stack(list(failed.values())).any(0)
     quality = spread(rewards, scored)
     advantage = group_advantages(
         rewards, torch.zeros_like(rewards), 0.0, method.advantage, method.quality_scale, earns=earns
     )
     advantage_std = spread(advantage, scored).std
-    scores, bonuses = _scores(recipe, embeddings, earns, advantage_std, share)
+    sampled = Group(embeddings, earns, torch.cat(likelihoods))
+    scores, bonuses = _scores(recipe, sampled, advantage_std, share)
 
     tell("checking the encoder")
     tied_groups, tied_pairs = ties(rewards)
-    tokens = np.array([one.tokens for group in groups for one in group])
     per_response = {name: seconds.per_response(name) for name in ("sampling", "reward", "embedding", "forward")}
     rows_of_step = step * k
     result = Calibration(
@@ -371,9 +379,9 @@ def calibrate(
         tied_pairs=tied_pairs,
         scores=scores,
         lengths=Lengths(
-            mean=float(tokens.mean()),
-            median=float(np.median(tokens)),
-            p95=float(np.quantile(tokens, 0.95)),
+            mean=tokens.double().mean().item(),
+            median=float(np.median(tokens.numpy())),
+            p95=float(np.quantile(tokens.numpy(), 0.95)),
             longest=int(tokens.max()),
             limit=recipe.rl.sampling.max_new_tokens,
             truncated=truncated.double().mean().item(),
@@ -447,16 +455,16 @@ def ties(rewards: Tensor) -> tuple[float, float]:
     return equal_groups / len(rewards), equal_pairs / pairs if pairs else math.nan
 
 
-def _scores(
-    recipe: Recipe, embeddings: Tensor, earns: Tensor, quality_std: float, share: float
-) -> tuple[list[ScoreCalibration], Tensor]:
+def _scores(recipe: Recipe, groups: Group, quality_std: float, share: float) -> tuple[list[ScoreCalibration], Tensor]:
     """Every score on the same groups, the recipe's first, and the bonuses of that one."""
     method = recipe.method
-    names = list(get_args(Method.model_fields["score"].annotation))
+    names = list(get_args(Score))
     names.sort(key=lambda name: name != method.score)  # the recipe's first, the others as they are
     found, own = [], torch.empty(0)
+    earns = groups.mask
+    assert earns is not None
     for name in names:
-        bonus = group_score(name, method.k, method.kernel_scale, method.distinct_threshold).bonus(embeddings, earns)
+        bonus = group_score(name, method.k, method.kernel_scale, method.distinct_threshold).bonus(groups)
         own = bonus if name == method.score else own
         part = spread(bonus, earns) if earns.any() else Spread(math.nan, math.nan, math.nan, 0)
         differs = part.std > 1e-9  # false for nan; float32 leaves a rounding where members coincide
@@ -573,33 +581,37 @@ def _passes(recipe: Recipe) -> int:
     return passes + int(recipe.policy.gradient_checkpointing) + int(recipe.rl.beta > 0)
 
 
-def _forward(
-    model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], groups: Sequence[Sequence[Response]], recipe: Recipe
-) -> Callable[[], object]:
-    """A pass over the responses in the form in which the trainer scores them; only lengths matter, not the tokens."""
-    encoded = tokenizer.apply_chat_template(
-        [row["prompt"] for row in rows], add_generation_prompt=True, return_dict=True
-    )["input_ids"]
-    device, pad = model.device, tokenizer.pad_token_id
-    lengths = [one.tokens for group in groups for one in group]
-    responses = torch.full((len(lengths), max(lengths)), pad, device=device)
-    mask = torch.tensor([[int(at < length) for at in range(max(lengths))] for length in lengths], device=device)
+def _log_likelihood(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Any],
+    groups: Sequence[Sequence[Response]],
+    recipe: Recipe,
+    shared: bool,
+) -> Tensor:
+    """Log pi(y | x) of each response in nats, shape `(prompts, k)`, by the pass with which the trainer scores them."""
+    encoded = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
+    device, pad, temperature = model.device, tokenizer.pad_token_id, recipe.rl.sampling.temperature
+    drawn = [one.ids for group in groups for one in group]
+    longest = max(map(len, drawn))
+    responses = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in drawn], device=device)
+    mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in drawn], device=device)
     of = torch.arange(len(groups), device=device).repeat_interleave(recipe.method.k)
-    if shares_prompts(model.config) and not recipe.policy.gradient_checkpointing:
-        add_shared_prompt_forward(model)
-        ids, attention = left_pad(encoded, pad, device)
-        arguments = {"input_ids": ids, "attention_mask": attention, "completion_ids": responses,
-                     "completion_mask": mask, "prompt_rows": of, "temperature": 1.0}  # fmt: skip
-    else:
-        ids, attention = left_pad([encoded[index] for index in of.tolist()], pad, device)
-        arguments = {"input_ids": torch.cat([ids, responses], 1), "attention_mask": torch.cat([attention, mask], 1),
-                     "logits_to_keep": responses.shape[1]}  # fmt: skip
-
-    def run() -> object:
-        with torch.no_grad():
-            return model(**arguments)
-
-    return run
+    with torch.no_grad():
+        if shared:
+            ids, attention = left_pad(encoded, pad, device)
+            log_probs = model(
+                input_ids=ids, attention_mask=attention, completion_ids=responses, completion_mask=mask,
+                prompt_rows=of, temperature=temperature,
+            ).log_probs  # fmt: skip
+        else:
+            ids, attention = left_pad([encoded[index] for index in of.tolist()], pad, device)
+            logits = model(
+                input_ids=torch.cat([ids, responses], 1), attention_mask=torch.cat([attention, mask], 1),
+                logits_to_keep=longest + 1,
+            ).logits[:, :-1]  # fmt: skip
+            log_probs = (logits.float() / temperature).log_softmax(-1).gather(-1, responses.unsqueeze(-1)).squeeze(-1)
+    return (log_probs * mask).sum(-1).view(len(groups), -1)
 
 
 # Words ----------------------------------------------------------------------------------------------------------------

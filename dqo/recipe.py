@@ -238,16 +238,71 @@ class Rollout(_Section):
     engine: Literal["transformers", "vllm"] = "transformers"
     """`transformers` runs everywhere; `vllm` needs a GPU and the extra `gpu`."""
     mode: Literal["colocate", "server"] = "colocate"
-    """vLLM in the training processes, or a `trl vllm-serve` server."""
+    """vLLM in the training processes, or a server that stands already, started with VLLM_SERVER_DEV_MODE=1 as
+    `vllm serve MODEL --weight-transfer-config '{"backend": "nccl"}' --logprobs-mode processed_logprobs`. A server holds
+    one policy, so variants are trained one after another."""
     server_base_url: str | None = None
     """Address of the vLLM server, e.g. `http://vllm:8000`."""
+    server_timeout: Annotated[float, Field(gt=0.0)] = 240.0
+    """Seconds to wait for the vLLM server to be up."""
+    group_port: Annotated[int, Field(ge=1, le=65535)] = 51216
+    """Port of the group that sends new weights to the vLLM server."""
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.3
     """Share of the GPU's memory for vLLM in colocate mode."""
+    tensor_parallel_size: Positive = 1
+    """Processes that share one copy of the model for sampling in colocate mode; has to divide the processes."""
+    enable_sleep_mode: bool = False
+    """Whether colocated vLLM gives its memory back during the update; waking it takes time."""
+    max_model_length: Positive | None = None
+    """Longest prompt with response that colocated vLLM reserves memory for; `null` takes the model's own limit."""
+    importance_sampling_correction: bool = True
+    """Whether vLLM's rollouts are weighted by the ratio of the trained policy's probabilities to vLLM's, which differ
+    by rounding."""
+    importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
+        "sequence_mask"
+    )
+    """Ratio of each token or of the whole sequence; outside the bounds it is cut to them or the rollout is masked."""
+    importance_sampling_clip_min: Annotated[float, Field(ge=0.0)] | None = None
+    """Lower bound of the ratio; `null` sets none."""
+    importance_sampling_clip_max: Annotated[float, Field(gt=0.0)] | None = 3.0
+    """Upper bound of the ratio; `null` sets none."""
 
     @model_validator(mode="after")
     def _server_has_address(self) -> "Rollout":
         if self.engine == "vllm" and self.mode == "server" and not self.server_base_url:
             raise ValueError("mode 'server' needs server_base_url, e.g. http://vllm:8000")
+        return self
+
+    @model_validator(mode="after")
+    def _settings_take_effect(self) -> "Rollout":
+        changed = {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
+        server = {"server_base_url", "server_timeout", "group_port"}
+        colocate = {"gpu_memory_utilization", "tensor_parallel_size", "enable_sleep_mode", "max_model_length"}
+        if self.engine != "vllm":
+            idle, where = changed - {"engine"}, "engine 'vllm'"
+        else:
+            other = "server" if self.mode == "colocate" else "colocate"
+            idle, where = changed & (server if other == "server" else colocate), f"mode {other!r}"
+        if idle:
+            raise ValueError(
+                f"{', '.join(sorted(idle))} of {where} only, got engine {self.engine!r} in mode {self.mode!r}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _bounds_hold_something(self) -> "Rollout":
+        low, high = self.importance_sampling_clip_min, self.importance_sampling_clip_max
+        if low is not None and high is not None and low >= high:
+            raise ValueError(
+                f"importance_sampling_clip_min {low} is not below importance_sampling_clip_max {high}; expected a "
+                "smaller one"
+            )
+        truncates = self.importance_sampling_correction and self.importance_sampling_mode.endswith("truncate")
+        if truncates and low is None and high is None:
+            raise ValueError(
+                f"importance_sampling_mode {self.importance_sampling_mode!r} needs importance_sampling_clip_min or "
+                "importance_sampling_clip_max"
+            )
         return self
 
 
@@ -531,6 +586,17 @@ class Tracking(_Section):
         return uri
 
 
+class Distributed(_Section):
+    """How many processes train a stage, on one machine, and what of the model each of them holds."""
+
+    processes: Positive | None = None
+    """Training processes, one an accelerator; `null` takes `resources.accelerator_count`, or one without an
+    accelerator. On a machine without accelerators they share its processors."""
+    strategy: Literal["ddp", "fsdp", "zero2", "zero3"] = "ddp"
+    """`ddp`: all of the model in each process. `zero2`: gradients and optimiser state are split. `fsdp`, `zero3`: the
+    weights too. All but `ddp` need accelerators, `zero2` and `zero3` the extra `gpu` (DeepSpeed)."""
+
+
 class Resources(_Section):
     """What each training and evaluation task asks for on a cluster; the local runner uses this machine as it is."""
 
@@ -543,7 +609,7 @@ class Resources(_Section):
     accelerator: str | None = None
     """Resource name of the accelerator, e.g. `nvidia.com/gpu`."""
     accelerator_count: Annotated[int, Field(ge=1)] = 1
-    """Accelerators a task, when `accelerator` is set."""
+    """Accelerators of each training task, when `accelerator` is set; `distributed.processes` follows."""
 
 
 class Recipe(_Section):
@@ -566,6 +632,7 @@ class Recipe(_Section):
     gate: Gate = Gate()
     registry: Registry = Registry()
     tracking: Tracking = Tracking()
+    distributed: Distributed = Distributed()
     resources: Resources = Resources()
 
     @field_validator("task")
@@ -585,25 +652,89 @@ class Recipe(_Section):
                 "gate.against: got 'reward_only', which method.baselines does not train; add it there or compare with "
                 "'sft' or 'base'"
             )
-        if self.resources.accelerator_count > 1:
-            problems.append(
-                f"resources.accelerator_count: got {self.resources.accelerator_count}; expected 1, since a stage is "
-                "one process so far"
-            )
-        for name, stage, k in (
-            ("sft", self.sft, self.method.k if self.sft.alpha > 0 else UNGROUPED),
-            ("rl", self.rl, self.method.k),
-        ):
+        problems += self._processes_fit()
+        for name, stage, k in (("sft", self.sft, self.sft_group), ("rl", self.rl, self.method.k)):
             rows = stage.prompts_per_step * k
-            if stage.micro_batch is not None and rows % stage.micro_batch:
+            each = f"{name}.prompts_per_step = {stage.prompts_per_step} times {k}"
+            if rows % self.processes:
                 problems.append(
-                    f"{name}.micro_batch: got {stage.micro_batch}; expected a divisor of the {rows} sequences of a "
-                    f"step ({name}.prompts_per_step = {stage.prompts_per_step} times {k})"
+                    f"{name}.prompts_per_step: got {stage.prompts_per_step}; expected a step whose {rows} sequences "
+                    f"({each}) divide over {self.processes} processes"
+                )
+            elif stage.micro_batch is not None and rows // self.processes % stage.micro_batch:
+                among = "" if self.processes == 1 else f" in each of {self.processes} processes"
+                problems.append(
+                    f"{name}.micro_batch: got {stage.micro_batch}; expected a divisor of the {rows // self.processes} "
+                    f"sequences of a step{among} ({each})"
                 )
         problems += _health_problems(self.rl, self.method)
         if problems:
             raise ValueError("\n".join(problems))  # a line each, see _readable
         return self
+
+    def _processes_fit(self) -> list[str]:
+        """What is wrong with the number of processes and the strategy."""
+        problems = []
+        accelerators, strategy = self.resources.accelerator_count, self.distributed.strategy
+        if self.resources.accelerator is None and accelerators > 1:
+            problems.append(
+                f"resources.accelerator_count: got {accelerators} without resources.accelerator; expected its name, "
+                "e.g. nvidia.com/gpu, or distributed.processes for processes without accelerators"
+            )
+        elif self.resources.accelerator is not None and self.processes != accelerators:
+            problems.append(
+                f"distributed.processes: got {self.processes} with resources.accelerator_count {accelerators}; "
+                "expected one process an accelerator: leave distributed.processes out, or give both the same number"
+            )
+        if strategy != "ddp" and self.processes == 1:
+            problems.append(
+                f"distributed.strategy: got {strategy!r} with one process, which has nobody to split the model with; "
+                "expected 'ddp', or more processes"
+            )
+        if strategy != "ddp" and self.sft.alpha > 0 and self.rl.sampling.temperature != 1.0:
+            problems.append(
+                f"rl.sampling.temperature: got {self.rl.sampling.temperature} with sft.alpha > 0 and "
+                f"distributed.strategy {strategy!r}, whose head would divide the demonstrations' logits by it; "
+                "expected 1.0, sft.alpha 0, or 'ddp'"
+            )
+        if strategy == "zero3" and self.policy.lora is not None and self.policy.dtype != "float32":
+            problems.append(
+                f"distributed.strategy: got 'zero3' with policy.lora and policy.dtype {self.policy.dtype!r}; "
+                "DeepSpeed's ZeRO-3 cannot gather float32 adapters beside bfloat16 weights (huggingface/trl#6089); "
+                "expected 'fsdp', 'zero2', policy.dtype 'float32' or policy.lora null"
+            )
+        rollout = self.rl.rollout
+        if rollout.engine != "vllm":
+            return problems
+        if self.processes % rollout.tensor_parallel_size:
+            problems.append(
+                f"rl.rollout.tensor_parallel_size: got {rollout.tensor_parallel_size}; expected a divisor of the "
+                f"{self.processes} training processes"
+            )
+        longest = self.data.max_prompt_tokens + self.rl.sampling.max_new_tokens
+        if rollout.max_model_length is not None and rollout.max_model_length < longest:
+            problems.append(
+                f"rl.rollout.max_model_length: got {rollout.max_model_length}; expected at least {longest} "
+                "(data.max_prompt_tokens + rl.sampling.max_new_tokens)"
+            )
+        return problems
+
+    @property
+    def processes(self) -> int:
+        """Training processes: `distributed.processes`, else one an accelerator."""
+        if self.distributed.processes is not None:
+            return self.distributed.processes
+        return self.resources.accelerator_count if self.resources.accelerator is not None else 1
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """How a stage is spread, for its key: it decides which random numbers a response is drawn with."""
+        return {"processes": self.processes, "strategy": self.distributed.strategy}
+
+    @property
+    def sft_group(self) -> int:
+        """Rows a prompt in SFT."""
+        return self.method.k if self.sft.alpha > 0 else UNGROUPED
 
     @property
     def model_names(self) -> list[str]:

@@ -161,6 +161,7 @@ class DQOTrainer(GRPOTrainer):
             args.min_quality, args.quality_gate, args.drop_truncated, args.max_tokens, args.min_prompt_similarity
         )
         self._encoder_cut_share = 0.0
+        self._likelihood_sums = torch.zeros(2)  # of the step's demonstrations in this process: nats, tokens
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         sampler: Any = super()._get_train_sampler(dataset)
@@ -224,8 +225,8 @@ class DQOTrainer(GRPOTrainer):
             device, gather = self.accelerator.device, self.accelerator.gather
             picked = [self._embedded_text(_text(completion)) for completion in completions]
             embedded = self.encoder([text or "" for text in picked])
-            self._encoder_cut_share = embedded.cut_share
             vectors = embedded.vectors.to(device)
+            self._encoder_cut_share = gather(vectors.new_tensor([embedded.cut_share])).mean().item()
             # k x d floats a group are cheap to move; similarities of a part of a group are not a part of its volume.
             self._gathered_embeddings = gather(vectors)
             self._gathered_unembedded = gather(torch.tensor([text is None for text in picked], device=device))
@@ -418,8 +419,12 @@ class DQOTrainer(GRPOTrainer):
         likelihood = (log_probs.sum(-1) * weights).sum() * self.accelerator.num_processes / prompts
         tokens = ((labels[:, 1:] != -100).sum(-1) * weights).sum()
         sums = torch.stack([(log_probs.detach().sum(-1) * weights).sum(), tokens])
+        logged = self._metrics["train"]["demonstration_nll"]
+        if logged:  # an earlier micro-batch of the step
+            sums = sums + self._likelihood_sums
+        self._likelihood_sums = sums
         total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
-        self._metrics["train"]["demonstration_nll"].append(-total / count)
+        logged[:] = [-total / count]
         return -likelihood / self.max_completion_length
 
 

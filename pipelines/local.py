@@ -71,7 +71,7 @@ def library_digest() -> str:
     digest = hashlib.sha256()
     folder = Path(dqo.__file__).parent
     for path in sorted(folder.rglob("*")):
-        if path.suffix in (".py", ".html", ".js", ".jsonl"):
+        if path.suffix in (".py", ".html", ".js", ".jsonl", ".yaml"):
             digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     return f"{dqo.__version__}+{digest.hexdigest()[:12]}"
 
@@ -91,6 +91,7 @@ def start(recipe: Recipe, folder: RunFolder, fresh: bool) -> subprocess.Popen[by
     """
     from dqo.bundled import identity
     from dqo.data import source_fingerprint
+    from dqo.distributed import require_machine
     from dqo.tasks import get_task
     from dqo.tracking import check_reachable
     from pipelines.pipeline import compile_recipe
@@ -109,6 +110,8 @@ def start(recipe: Recipe, folder: RunFolder, fresh: bool) -> subprocess.Popen[by
             "rl.rollout.engine: got 'vllm', which is not installed here; install dqo-pipelines[gpu] on a machine with "
             "a GPU, or use 'transformers'"
         )
+    if recipe.processes > 1:
+        require_machine(recipe)
     if fresh:
         _require_idle(folder.workspace)
         shutil.rmtree(folder.path, ignore_errors=True)
@@ -135,8 +138,8 @@ def start(recipe: Recipe, folder: RunFolder, fresh: bool) -> subprocess.Popen[by
     offline = all(name.startswith("bundled:") or Path(name).expanduser().exists() for name in names)
     if offline and recipe.data.source != "public" and not recipe.data.source.startswith("hub:"):
         environment["HF_HUB_OFFLINE"] = "1"  # nothing to ask the hub for; without a network it would retry
-    # A stage is one process; with two GPUs in sight, transformers would wrap the model for both, which TRL refuses.
-    environment.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    # A GPU a process: with two in sight of one process, transformers would wrap the model for both, which TRL refuses.
+    environment.setdefault("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(recipe.processes))))
     with folder.log.open("ab") as log:
         log.write(f"\n--- {time.strftime('%Y-%m-%d %H:%M:%S')} {recipe.name} {recipe.digest}\n".encode())
         return subprocess.Popen(

@@ -49,8 +49,10 @@ def build(recipe: Recipe) -> Any:
         data = prepared.outputs["data"]
         place = _placement(recipe.resources)
         sft = place(dqo_sft(data=data, **shared))
-        # One variant at a time on a laptop's two cores; a cluster gives each its own node.
-        parallelism = len(recipe.variants) if recipe.resources.accelerator else 1
+        # One variant at a time on a laptop's two cores, and with a vLLM server, which holds one policy; else a cluster
+        # gives each its own node.
+        served = recipe.rl.rollout.engine == "vllm" and recipe.rl.rollout.mode == "server"
+        parallelism = len(recipe.variants) if recipe.resources.accelerator and not served else 1
         with dsl.ParallelFor(items=recipe.variants, parallelism=parallelism, name="variants") as variant:
             rl = place(dqo_rl(variant=variant, data=data, parent=sft.outputs["checkpoint"], **shared))
         evaluated = place(

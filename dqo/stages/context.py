@@ -141,8 +141,15 @@ def running(context: Context, name: str, key: str) -> Iterator[tuple[StageFolder
         key: See `stage_key`.
 
     Raises:
-        DQOError: As the stage raises it; a full disk is turned into one.
+        DQOError: As the stage raises it; a full disk is turned into one. If torchrun has started the stage.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # All of its processes but one would wait for the stage's lock.
+        raise DQOError(
+            f"a stage starts its training processes itself; got WORLD_SIZE {os.environ['WORLD_SIZE']} in the "
+            "environment, as torchrun or a job operator sets it; expected one process: start it without torchrun, with "
+            "distributed.processes in the recipe"
+        )
     progress = Progress(context.progress_file, name)
     # Kubernetes and `dqo run` end a task with SIGTERM; as an interrupt it still closes the MLflow run.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

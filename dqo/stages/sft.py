@@ -2,12 +2,14 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from dqo import tracking
 from dqo.data import DataCard, encode_demonstration, read_rows
 from dqo.policy import load_tokenizer, stop_ids
-from dqo.recipe import UNGROUPED
-from dqo.stages.context import Context, running, stage_key, with_identity
+from dqo.progress import Progress
+from dqo.stages.context import Context, StageFolder, running, stage_key, with_identity
+from dqo.stages.processes import carry_out
 from dqo.stages.training import configuration, parameters, publish, train
 
 
@@ -32,46 +34,57 @@ def run(context: Context, data: Path, checkpoint: Path) -> None:
         sampling=recipe.rl.sampling.model_dump() if rolls_out else None,
         policy=with_identity(recipe.policy),
         seed=recipe.seed,
+        layout=recipe.layout,
         data=card.digest,
     )
     with running(context, "sft", key) as (folder, progress):
         tracking.connect(recipe, context.mlflow_uri)
         with tracking.child_run(context.parent_run_id, "sft", "sft", key) as run_:
-            source = read_rows(data / "train.jsonl")
-            args = configuration(
-                recipe,
-                recipe.sft,
-                folder.path,
-                quality="demonstration",
-                alpha=recipe.sft.alpha,
-                num_generations=recipe.method.k if rolls_out else UNGROUPED,
-                max_completion_length=(
-                    recipe.rl.sampling.max_new_tokens if rolls_out else recipe.sft.max_response_tokens
-                ),
-                temperature=recipe.rl.sampling.temperature if rolls_out else 1.0,
-                top_p=recipe.rl.sampling.top_p if rolls_out else 1.0,
-                top_k=recipe.rl.sampling.top_k if rolls_out else 0,
-                beta=0.0,
-                loss_type="dr_grpo",
-                scale_rewards="none",
-            )
-            run_.params({"variant": "sft", **parameters(recipe, args)})
-            run_.dataset(source, card.task, card.digest, card.source, "training")
+            run_.params({"variant": "sft", **parameters(recipe, _settings(context, folder))})
+            run_.dataset(read_rows(data / "train.jsonl"), card.task, card.digest, card.source, "training")
             if not folder.finished:
-                tokenizer, ends = load_tokenizer(recipe.policy), stop_ids(recipe.policy)
-                rows = [
-                    {
-                        "prompt": row["prompt"],
-                        "demonstrations": [
-                            asdict(encode_demonstration(tokenizer, row["prompt"], reference, ends))
-                            for reference in row["references"]
-                        ],
-                    }
-                    for row in source
-                ]
-                train(
-                    context, folder, progress, run_,
-                    model_name="sft", key=key, args=args, rows=rows, parent=None, card=card,
-                    prompts_per_step=recipe.sft.prompts_per_step,
-                )  # fmt: skip
+                carry_out(work, context, folder, progress, run_, "sft", key, data=str(data))
             publish(folder, run_, checkpoint)
+
+
+def work(
+    context: Context, folder: StageFolder, progress: Progress, run: tracking.Run | None, key: str, data: str
+) -> None:
+    """What each process of the stage does; see `dqo.stages.training.train`."""
+    recipe = context.recipe
+    tokenizer, ends = load_tokenizer(recipe.policy), stop_ids(recipe.policy)
+    rows = [
+        {
+            "prompt": row["prompt"],
+            "demonstrations": [
+                asdict(encode_demonstration(tokenizer, row["prompt"], reference, ends))
+                for reference in row["references"]
+            ],
+        }
+        for row in read_rows(Path(data) / "train.jsonl")
+    ]
+    train(
+        context, folder, progress, run,
+        model_name="sft", key=key, settings=_settings(context, folder), rows=rows, parent=None,
+        card=DataCard.read(Path(data) / "card.json"), prompts_per_step=recipe.sft.prompts_per_step,
+    )  # fmt: skip
+
+
+def _settings(context: Context, folder: StageFolder) -> dict[str, Any]:
+    recipe = context.recipe
+    rolls_out, sampling = recipe.sft.alpha > 0, recipe.rl.sampling
+    return configuration(
+        recipe,
+        recipe.sft,
+        folder.path,
+        quality="demonstration",
+        alpha=recipe.sft.alpha,
+        num_generations=recipe.sft_group,
+        max_completion_length=sampling.max_new_tokens if rolls_out else recipe.sft.max_response_tokens,
+        temperature=sampling.temperature if rolls_out else 1.0,
+        top_p=sampling.top_p if rolls_out else 1.0,
+        top_k=sampling.top_k if rolls_out else 0,
+        beta=0.0,
+        loss_type="dr_grpo",
+        scale_rewards="none",
+    )

@@ -1,7 +1,6 @@
 """What SFT and RL share: the trainer's configuration, checkpoints and resuming, logging, the finished checkpoint."""
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+import torch.distributed
 from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
@@ -59,26 +58,18 @@ _METRICS = {
 }
 
 
-def configuration(recipe: Recipe, section: Sft | Rl, folder: Path, **settings: Any) -> DQOConfig:
-    """Translate a recipe's training section into the trainer's configuration.
+def configuration(recipe: Recipe, section: Sft | Rl, folder: Path, **settings: Any) -> dict[str, Any]:
+    """Translate a recipe's training section into the settings of each process's `DQOConfig`.
 
-    Every TRL default that changes what is optimised is set here explicitly.
-
-    Raises:
-        DQOError: If the step does not divide over the processes.
+    Every TRL default that changes what is optimised is set here explicitly. The recipe has checked that a step divides
+    over the processes.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
     k = settings.pop("num_generations", recipe.method.k)
-    rows = section.prompts_per_step * k
-    micro = section.micro_batch or rows // world
-    if rows % (world * micro):
-        raise DQOError(
-            f"prompts_per_step * k = {rows} sequences do not divide over {world} processes with micro_batch {micro}; "
-            "change prompts_per_step or micro_batch"
-        )
+    rows = section.prompts_per_step * k // recipe.processes
+    micro = section.micro_batch or rows
     device = default_device()
-    accumulation = rows // (world * micro)
-    return DQOConfig(
+    accumulation = rows // micro
+    return dict(
         output_dir=str(folder / "checkpoints"),
         max_steps=section.steps,
         per_device_train_batch_size=micro,
@@ -124,11 +115,6 @@ class _Recorder(TrainerCallback):
         self.logged = run.last_step("train/loss")
         self.rows: list[dict[str, float]] = []
 
-    def cut_back(self, step: int) -> None:
-        """Forget the rows of steps behind a checkpoint: they are trained again."""
-        if self._history.is_file():
-            self.rows = [row for row in read_jsonl(self._history) if row["step"] <= step]
-
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._progress("step", state.global_step, state.max_steps)
 
@@ -147,10 +133,25 @@ class _Recorder(TrainerCallback):
         self._run.metrics({f"train/{name}": value for name, value in row.items()}, state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        self._run.metrics({"train/checkpoint": state.global_step}, state.global_step)
+
+
+class _Together(TrainerCallback):
+    """What all processes have to agree on; stands behind the callbacks that decide something, in every process."""
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A process that stops or saves alone would leave the others waiting for it."""
+        if torch.distributed.is_initialized():
+            wanted = torch.tensor([control.should_training_stop, control.should_save], device=args.device).int()
+            torch.distributed.all_reduce(wanted, torch.distributed.ReduceOp.MAX)
+            control.should_training_stop, control.should_save = map(bool, wanted.tolist())
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A checkpoint is complete when each process has written its part."""
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
         if state.is_world_process_zero:
-            (checkpoint / _COMPLETE).touch()
-            self._run.metrics({"train/checkpoint": state.global_step}, state.global_step)
+            (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
 
 
 class _Health(TrainerCallback):
@@ -165,13 +166,9 @@ class _Health(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if "train_runtime" in kwargs["logs"]:
             return
-        if state.is_world_process_zero:
-            found = self._monitor.update(self._recorder.rows[-1])
-            report_findings(found, self._run, self._progress, self._recorder.logged)
-        # One process decides: a figure may differ between them, and all have to leave the loop together.
-        decision = [self._monitor.stop is not None]
-        broadcast_object_list(decision)
-        if decision[0]:
+        found = self._monitor.update(self._recorder.rows[-1])
+        report_findings(found, self._run, self._progress, self._recorder.logged)
+        if self._monitor.stop is not None:
             control.should_save = control.should_training_stop = True
 
 
@@ -194,26 +191,32 @@ def report_findings(findings: list[Finding], run: Run, progress: Progress, logge
             run.tags({"dqo.stopped": finding.reason})
 
 
+def _history_until(folder: Path, step: int) -> list[dict[str, float]]:
+    """Rows of the steps that a checkpoint holds; those behind it are trained again."""
+    history = folder / "history.jsonl"
+    return [row for row in read_jsonl(history) if row["step"] <= step] if history.is_file() else []
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint of a stage folder; incomplete ones, left by a kill, are removed."""
     found = sorted(
         (folder / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-"))
     )
-    for path in found:
-        if not (path / _COMPLETE).is_file():
-            shutil.rmtree(path)
-    return next((path for path in reversed(found) if path.is_dir()), None)
+    complete = [path for path in found if (path / _COMPLETE).is_file()]
+    for path in set(found).difference(complete):
+        shutil.rmtree(path, ignore_errors=True)  # another process of the stage may be removing it too
+    return complete[-1] if complete else None
 
 
 def train(
     context: Context,
     folder: StageFolder,
     progress: Progress,
-    run: Run,
+    run: Run | None,
     *,
     model_name: str,
     key: str,
-    args: DQOConfig,
+    settings: dict[str, Any],
     rows: list[dict[str, Any]],
     parent: Path | None,
     card: DataCard,
@@ -224,14 +227,16 @@ def train(
 ) -> None:
     """Train from the newest complete checkpoint to the last step and leave the finished checkpoint in the output.
 
+    Where a stage has several processes, each of them calls this; the first one writes.
+
     Args:
         context: The pipeline run.
         folder: The stage's folder.
         progress: Reports steps.
-        run: The stage's MLflow run.
+        run: The stage's MLflow run; `None` in all processes but the first, which report nothing.
         model_name: `sft`, `reward_only` or `dqo`.
         key: The stage's key, recorded as lineage.
-        args: See `configuration`.
+        settings: See `configuration`.
         rows: Training rows; column `prompt` and whatever the reward needs.
         parent: Checkpoint to start from, `None` for the base model.
         card: The data's card.
@@ -251,13 +256,15 @@ def train(
         )
     device = default_device()
     tokenizer = load_tokenizer(recipe.policy)
+    # Before the configuration: with ZeRO-3, every model that is loaded behind it is split over the processes.
+    embeds = settings["alpha"] > 0 or reward is not None
+    encoder = ResponseEncoder(recipe.encoder, device) if embeds else None
+    args = DQOConfig(**settings)
     set_seed(recipe.seed)  # a new adapter is drawn before the trainer sets its seed
     model = trainable(recipe.policy, device, parent)
-    embeds = args.alpha > 0 or (args.measure_diversity and reward is not None)
-    encoder = ResponseEncoder(recipe.encoder, device) if embeds else None
 
     def tables(step: int) -> None:
-        if table_every is None or (step % table_every and step != 1 and step != args.max_steps):
+        if run is None or table_every is None or (step % table_every and step != 1 and step != args.max_steps):
             return
         logs: dict[str, Any] = trainer._logs
         columns: dict[str, list[Any]] = {
@@ -268,7 +275,13 @@ def train(
         columns["advantage"] = list(logs["advantages"])
         run.table({"step": [step] * len(columns["prompt"]), **columns}, "completions.json", append=True)
 
-    recorder = _Recorder(folder.path, run, progress, tables if reward is not None else None)
+    recorder = None if run is None else _Recorder(folder.path, run, progress, tables if reward is not None else None)
+    callbacks: list[TrainerCallback] = []
+    if run is not None and recorder is not None:
+        callbacks.append(recorder)
+        if monitor is not None:
+            callbacks.append(_Health(monitor, recorder, run, progress))  # judges the row that the recorder has written
+    callbacks.append(_Together())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = DQOTrainer(
@@ -281,17 +294,21 @@ def train(
             reward_funcs=reward,
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
-            # The recorder first: it writes the row that is judged.
-            callbacks=[recorder, *([] if monitor is None else [_Health(monitor, recorder, run, progress)])],
+            callbacks=callbacks,
         )
         checkpoint = newest_checkpoint(folder.path)
         done = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
-        recorder.cut_back(done)
+        before = _history_until(folder.path, done)
         if monitor is not None:
-            for row in recorder.rows:
-                report_findings(monitor.update(row), run, progress, recorder.logged)
-        if checkpoint is not None:
-            progress("step", done, args.max_steps, f"continuing from {checkpoint.name}")
+            # In every process, so that all know whether training goes on.
+            for row in before:
+                found = monitor.update(row)
+                if run is not None and recorder is not None:
+                    report_findings(found, run, progress, recorder.logged)
+        if recorder is not None:
+            recorder.rows = before
+            if checkpoint is not None:
+                progress("step", done, args.max_steps, f"continuing from {checkpoint.name}")
         try:
             if checkpoint is not None and (done >= args.max_steps or (monitor is not None and monitor.stop)):
                 # Only the end of the stage was interrupted. The training loop would take one more step before it looks.
@@ -304,17 +321,19 @@ def train(
                 raise
             newest_checkpoint(folder.path)  # drops the half-written one, so that the reason can be written at all
             raise DQOError(message) from error
-    if not trainer.accelerator.is_main_process:
+    trained: Any = trainer.accelerator.unwrap_model(trainer.model)
+    # Where the weights are split over the processes, all of them have to take part in putting them together.
+    weights = None if recipe.distributed.strategy == "ddp" else trainer.accelerator.get_state_dict(trainer.model)
+    if run is None or recorder is None:
         return
     stopped = None if monitor is None else monitor.stop
     output = folder.fresh_output()
-    trained: Any = trainer.accelerator.unwrap_model(trainer.model)
     if recipe.policy.lora is None:
-        trained.save_pretrained(output)
+        trained.save_pretrained(output, state_dict=weights)
     else:
         # The recipe's name of the base model, not this machine's path to it.
         trained.peft_config["default"].base_model_name_or_path = recipe.policy.model
-        trained.save_pretrained(output, selected_adapters=["default"])
+        trained.save_pretrained(output, selected_adapters=["default"], state_dict=weights)
     tokenizer.save_pretrained(output)
     (output / "README.md").unlink(missing_ok=True)  # peft's template, with nothing filled in
     CheckpointCard(
@@ -332,9 +351,6 @@ def train(
         stopped=None if stopped is None else stopped.to_dict(),
     ).write(output)
     write_jsonl(output / "history.jsonl", recorder.rows)
-    run.folder(output, "checkpoint")
-    folder.finish()
-    shutil.rmtree(folder.path / "checkpoints", ignore_errors=True)
 
 
 def publish(folder: StageFolder, run: Run, destination: Path) -> None:
@@ -354,7 +370,7 @@ def publish(folder: StageFolder, run: Run, destination: Path) -> None:
     replace(CheckpointCard.read(destination), mlflow_run_id=run.id).write(destination)
 
 
-def parameters(recipe: Recipe, args: DQOConfig) -> dict[str, Any]:
+def parameters(recipe: Recipe, settings: dict[str, Any]) -> dict[str, Any]:
     """What MLflow's compare page shows of a training run."""
     names = (
         "alpha", "advantage", "score", "combine", "kernel_scale", "num_generations", "max_steps", "learning_rate",
@@ -365,5 +381,6 @@ def parameters(recipe: Recipe, args: DQOConfig) -> dict[str, Any]:
         "policy.model": recipe.policy.model,
         "policy.lora": json.dumps(recipe.policy.lora.model_dump()) if recipe.policy.lora else "full fine-tuning",
         "encoder.model": recipe.encoder.model,
-        **{name: getattr(args, name) for name in names},
+        **{f"distributed.{name}": value for name, value in recipe.layout.items()},
+        **{name: settings[name] for name in names},
     }

@@ -19,7 +19,7 @@ from dqo.recipe import load
 from dqo.rewards import RuleReward, TrlReward
 from dqo.stages.training import configuration
 from dqo.tasks import get_task
-from dqo.trainer import DQOTrainer
+from dqo.trainer import DQOConfig, DQOTrainer
 
 ROUNDS = 6
 
@@ -62,7 +62,7 @@ def test_step_times(tmp_path, pytestconfig):
     lengths = {"dqo": [], "alpha 0": [], "stock TRL": []}
 
     def dqo(alpha):
-        args = configuration(recipe, recipe.rl, tmp_path, quality="reward", alpha=alpha, **shared)
+        args = DQOConfig(**configuration(recipe, recipe.rl, tmp_path, quality="reward", alpha=alpha, **shared))
         args.save_strategy = "no"
         args.measure_diversity = False
         return DQOTrainer(

@@ -133,11 +133,113 @@ def test_sft_with_rollouts_holds_whole_groups():
 def test_every_misfit_of_sections_is_reported_at_once():
     message = refusal(
         "name: a\nmethod: {baselines: [], k: 4}\nrl: {prompts_per_step: 2, micro_batch: 3}\n"
-        "resources: {accelerator: nvidia.com/gpu, accelerator_count: 2}"
+        "resources: {accelerator_count: 2}"
     )
     assert message.startswith("my.yaml: 3 errors in the recipe\n")
     fields = [line.split(":")[0].strip() for line in message.splitlines()[1:]]
     assert fields == ["gate.against", "resources.accelerator_count", "rl.micro_batch"]
+
+
+# --- several processes ---
+
+
+@pytest.mark.parametrize(
+    ("text", "processes"),
+    [
+        ("", 1),
+        ("distributed: {processes: 4}", 4),
+        ("resources: {accelerator: nvidia.com/gpu}", 1),
+        ("resources: {accelerator: nvidia.com/gpu, accelerator_count: 4}", 4),
+        ("resources: {accelerator: nvidia.com/gpu, accelerator_count: 4}\ndistributed: {processes: 4}", 4),
+    ],
+)
+def test_processes_follow_the_accelerators(text: str, processes: int):
+    recipe = parse(f"name: a\n{text}")
+    assert recipe.processes == processes
+    assert recipe.layout == {"processes": processes, "strategy": "ddp"}
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "words"),
+    [
+        ("resources: {accelerator_count: 2}", "resources.accelerator_count", "got 2 without resources.accelerator"),
+        (
+            "resources: {accelerator: nvidia.com/gpu, accelerator_count: 4}\ndistributed: {processes: 2}",
+            "distributed.processes",
+            "got 2 with resources.accelerator_count 4",
+        ),
+        ("distributed: {processes: 0}", "distributed.processes", "greater than or equal to 1"),
+        ("distributed: {strategy: fsdp}", "distributed.strategy", "got 'fsdp' with one process"),
+        ("distributed: {processes: 2, strategy: zero1}", "distributed.strategy", "'zero2' or 'zero3'"),
+        (
+            "distributed: {processes: 2, strategy: zero2}\nsft: {alpha: 1}\nrl: {sampling: {temperature: 0.7}}",
+            "rl.sampling.temperature",
+            "got 0.7 with sft.alpha > 0",
+        ),
+        ("distributed: {processes: 2, strategy: zero3}", "distributed.strategy", "ZeRO-3 cannot gather float32"),
+        ("distributed: {processes: 3}\nsft: {prompts_per_step: 3}", "rl.prompts_per_step", "whose 32 sequences"),
+        ("distributed: {processes: 3}\nrl: {prompts_per_step: 3}", "sft.prompts_per_step", "whose 32 sequences"),
+        ("distributed: {processes: 2}\nrl: {micro_batch: 32}", "rl.micro_batch", "divisor of the 16 sequences"),
+        ("distributed: {processes: 2}\nsft: {micro_batch: 32}", "sft.micro_batch", "in each of 2 processes"),
+    ],
+)
+def test_processes_and_strategies_that_do_not_fit(text: str, field: str, words: str):
+    assert words in line_of(refusal(f"name: a\n{text}"), field)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "distributed: {processes: 2}\nrl: {micro_batch: 8}\nsft: {micro_batch: 4}",
+        "distributed: {processes: 8}\nrl: {prompts_per_step: 1}",  # a process need not hold a whole group
+        "distributed: {processes: 2, strategy: zero3}\npolicy: {dtype: float32}",
+        "distributed: {processes: 2, strategy: zero3}\npolicy: {lora: null}",
+        "distributed: {processes: 2, strategy: fsdp}\nsft: {alpha: 1}",
+    ],
+)
+def test_processes_and_strategies_that_fit(text: str):
+    parse(f"name: a\n{text}")
+
+
+@pytest.mark.parametrize(
+    ("rollout", "words"),
+    [
+        ("{gpu_memory_utilization: 0.5}", "gpu_memory_utilization of engine 'vllm' only"),
+        ("{mode: server, server_base_url: 'http://v'}", "mode, server_base_url of engine 'vllm' only"),
+        ("{engine: vllm, server_timeout: 9}", "server_timeout of mode 'server' only"),
+        (
+            "{engine: vllm, mode: server, server_base_url: 'http://v', enable_sleep_mode: true}",
+            "of mode 'colocate' only",
+        ),
+        (
+            "{engine: vllm, importance_sampling_clip_min: 3}",
+            "clip_min 3.0 is not below importance_sampling_clip_max 3.0",
+        ),
+        (
+            "{engine: vllm, importance_sampling_mode: token_truncate, importance_sampling_clip_max: null}",
+            "needs importance_sampling_clip_min or importance_sampling_clip_max",
+        ),
+    ],
+)
+def test_rollout_settings_that_do_not_fit(rollout: str, words: str):
+    assert words in line_of(refusal(f"name: a\nrl: {{rollout: {rollout}}}"), "rl.rollout")
+
+
+@pytest.mark.parametrize(
+    ("processes", "rollout", "field"),
+    [
+        (4, "tensor_parallel_size: 3", "rl.rollout.tensor_parallel_size"),
+        (1, "tensor_parallel_size: 2", "rl.rollout.tensor_parallel_size"),
+        (1, "max_model_length: 543", "rl.rollout.max_model_length"),
+        (4, "tensor_parallel_size: 2, max_model_length: 544", None),  # 512 of the prompt and 32 of the response
+    ],
+)
+def test_vllm_beside_the_processes_and_lengths(processes: int, rollout: str, field: str | None):
+    text = f"name: a\ndistributed: {{processes: {processes}}}\nrl: {{rollout: {{engine: vllm, {rollout}}}}}"
+    if field is None:
+        parse(text)
+    else:
+        assert "expected" in line_of(refusal(text), field)
 
 
 @pytest.mark.parametrize("scale", ["group", "batch"])

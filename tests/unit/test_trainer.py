@@ -1,7 +1,4 @@
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +10,6 @@ from dqo.errors import DQOError
 from dqo.policy import load_tokenizer
 from dqo.recipe import Policy
 from dqo.trainer import DQOConfig, DQOTrainer
-
-ROOT = Path(__file__).parents[2]
 
 
 def expected_advantages(trainer, alpha, form, k=4):
@@ -142,27 +137,6 @@ def test_alpha_zero_is_the_stock_trainer(tiny_policy, tiny_encoder, tmp_path, sc
     trainer.train()
     assert len(stock) == 12 and max(stock) > 0.01
     np.testing.assert_allclose(trainer.used[-1], stock, atol=1e-6)
-
-
-def test_two_processes_equal_one(tiny_policy, tiny_encoder, tmp_path):
-    """Three groups of four on two processes: the middle group is cut in half and must be scored whole."""
-    for world in (1, 2):
-        output = tmp_path / str(world)
-        output.mkdir()
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-        command += [str(ROOT / "tests/distributed/advantages.py"), str(tiny_policy), str(tiny_encoder), str(output)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
-        assert done.returncode == 0, done.stderr[-3000:]
-    one = torch.load(tmp_path / "1/rank0.pt")
-    ranks = [torch.load(tmp_path / f"2/rank{rank}.pt") for rank in (0, 1)]
-    assert len(one["advantages"]) == 2
-    for step, alone in enumerate(one["advantages"]):
-        together = ranks[0]["advantages"][step] + ranks[1]["advantages"][step]
-        assert len(together) == 12
-        np.testing.assert_allclose(together, alone, atol=1e-5)
-    np.testing.assert_allclose(ranks[0]["volume"], one["volume"], rtol=1e-5)
-    for name, value in one["weights"].items():
-        torch.testing.assert_close(ranks[0]["weights"][name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_shared_prompts_train_the_same_weights(tiny_policy, tiny_encoder, tmp_path):
