@@ -4,6 +4,7 @@ from pathlib import Path
 
 from dqo import tracking
 from dqo.data import DataCard, read_rows
+from dqo.embedding import ResponseEncoder
 from dqo.errors import DQOError
 from dqo.policy import CheckpointCard, default_device
 from dqo.rewards import TrlReward, build
@@ -39,7 +40,7 @@ def run(context: Context, variant: str, data: Path, parent: Path, checkpoint: Pa
         # alpha alone tells the variants apart, so a changed alpha does not repeat the baseline.
         method=recipe.method.model_dump(exclude={"baselines", "alpha"}) | {"alpha": alpha},
         encoder=with_identity(recipe.encoder),
-        reward=reward_identity(recipe),
+        reward=reward_identity(recipe, task),
         policy=with_identity(recipe.policy),
         seed=recipe.seed,
         task=recipe.task,
@@ -74,11 +75,14 @@ def run(context: Context, variant: str, data: Path, parent: Path, checkpoint: Pa
             run_.params({"variant": variant, **parameters(recipe, args)})
             run_.dataset(rows, card.task, card.digest, card.source, "training")
             if not folder.finished:
+                device = default_device()
+                encoder = ResponseEncoder(recipe.encoder, device)  # of the volume and, it may be, of the reward
                 train(
                     context, folder, progress, run_,
                     model_name=variant, key=key, args=args, rows=rows, parent=parent, card=card,
                     prompts_per_step=recipe.rl.prompts_per_step,
-                    reward=TrlReward(build(recipe, task, default_device()), task),
+                    encoder=encoder,
+                    reward=TrlReward(build(recipe, task, device, encoder), task),
                     table_every=recipe.rl.log_completions_every,
                 )  # fmt: skip
             publish(folder, run_, checkpoint)

@@ -167,6 +167,7 @@ def train(
     parent: Path | None,
     card: DataCard,
     prompts_per_step: int,
+    encoder: ResponseEncoder | None = None,
     reward: Callable[..., list[float | None]] | None = None,
     table_every: int | None = None,
 ) -> None:
@@ -184,6 +185,7 @@ def train(
         parent: Checkpoint to start from, `None` for the base model.
         card: The data's card.
         prompts_per_step: Prompts in a step, for the check that the data fills one.
+        encoder: The recipe's encoder where it is loaded already; `None` loads it if it is needed.
         reward: TRL reward function; `None` trains on demonstrations.
         table_every: Steps between tables of responses in MLflow; `None` logs none.
 
@@ -201,7 +203,8 @@ def train(
     set_seed(recipe.seed)  # a new adapter is drawn before the trainer sets its seed
     model = trainable(recipe.policy, device, parent)
     embeds = args.alpha > 0 or (args.measure_diversity and reward is not None)
-    encoder = ResponseEncoder(recipe.encoder, device) if embeds else None
+    if embeds and encoder is None:
+        encoder = ResponseEncoder(recipe.encoder, device)
 
     def tables(step: int) -> None:
         if table_every is None or (step % table_every and step != 1 and step != args.max_steps):
