@@ -24,10 +24,11 @@ more:
 | the prompt and a reference after it | 0.72 | 0.31 | 0.74 (0.23) |
 | an answer to another instruction | 0.12 | 0.11 | 0.90 (0.94) |
 
-How it can be gamed still: a reference cut in half earns 0.74, its words shuffled 0.86, and a reference with another
-row's answer behind it 0.73. An embedding judges what a text is about, not whether it is true, complete or grammatical.
-Keep `max_new_tokens` near the length of the references, look at `truncation_rate` and at the responses, and take a
-reward model or a judge where that matters. A single reference makes one answer the right one; give several.
+How it can be gamed still: a reference cut in half earns 0.74, one whose words are shuffled 0.86, and one with another
+row's answer behind it 0.73 (the last by the cosine alone). An embedding judges what a text is about, not whether it is
+true, complete or grammatical. Keep `max_new_tokens` near the length of the references, look at `truncation_rate` and at
+the responses, and take a reward model or a judge where that matters. A single reference makes one answer the right one;
+give several.
 
 Training and reward look through the same encoder: a response that fools it fools both.
 """
