@@ -87,8 +87,9 @@ def start(recipe: Recipe, folder: RunFolder, fresh: bool) -> subprocess.Popen[by
     """Check everything that can be checked at once, compile, and start the runner's process.
 
     Raises:
-        DQOError: If the data, a model or MLflow cannot be used; nothing has been started then.
+        DQOError: If the data, a model, the reward or MLflow cannot be used; nothing has been started then.
     """
+    from dqo import rewards
     from dqo.bundled import identity
     from dqo.data import source_fingerprint
     from dqo.distributed import require_machine
@@ -96,7 +97,9 @@ def start(recipe: Recipe, folder: RunFolder, fresh: bool) -> subprocess.Popen[by
     from dqo.tracking import check_reachable
     from pipelines.pipeline import compile_recipe
 
-    source = source_fingerprint(recipe.data, get_task(recipe.task))
+    task = get_task(recipe.task)
+    source = source_fingerprint(recipe.data, task)
+    rewards.check(recipe, task)
     # Only a look: rebuilding the bundled model (once) is for the runner's process, whose output goes to the log.
     models = [
         identity(section.model, section.revision)

@@ -1,14 +1,19 @@
 """What a response is worth: rewards by the kind a recipe names, checked at the door.
 
-| `reward.kind` | quality of a response |
-|---|---|
-| `rule` | the task's own rule |
-| `auto` | the task's own rule |
+| `reward.kind` | quality of a response | range | None (unscorable) |
+|---|---|---|---|
+| `rule` | the task's own rule, `Task.reward` | [0, 1] | where the rule says so |
+| `reference_similarity` | cosine to the nearest reference, as the encoder sees them | [0, 1] | never |
+| `model` | score of a reward model | (0, 1); any number unsquashed | too long, NaN, special tokens |
+| `auto` (default) | `rule` where the task has one, else `reference_similarity` | [0, 1] | |
+
+How the two in the middle judge, and how they are gamed, is in `dqo.rewards.similarity` and `dqo.rewards.model`.
+Unscorable responses are counted as `unscorable_rate`; they leave the kernel and have advantage 0.
 """
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from dqo.errors import DQOError
 from dqo.recipe import Recipe
@@ -16,6 +21,8 @@ from dqo.tasks.base import Row, Task
 
 if TYPE_CHECKING:
     import torch
+
+    from dqo.embedding import ResponseEncoder
 
 
 class Reward(Protocol):
@@ -38,10 +45,7 @@ class RuleReward:
 
     def __init__(self, task: Task) -> None:
         if task.reward is None:
-            raise DQOError(
-                f"reward.kind: task {task.name!r} has no rule; expected 'reference_similarity', or 'model' with "
-                "reward.model"
-            )
+            raise _no_rule(task)
         self._rule = task.reward
         self.name = f"{task.name}_reward"
 
@@ -89,15 +93,60 @@ class TrlReward:
         return score(self._reward, texts, rows)
 
 
-def build(recipe: Recipe, task: Task, device: "torch.device") -> Reward:
+def kind(recipe: Recipe, task: Task) -> Literal["rule", "reference_similarity", "model"]:
+    """Say which reward a recipe names, with `auto` resolved.
+
+    Raises:
+        DQOError: If it names the rule of a task that has none.
+    """
+    named = recipe.reward.kind
+    if named == "auto":
+        return "reference_similarity" if task.reward is None else "rule"
+    if named == "rule" and task.reward is None:
+        raise _no_rule(task)
+    return named
+
+
+def check(recipe: Recipe, task: Task) -> None:
+    """Find out before anything is trained whether a recipe's reward can be built, without loading weights.
+
+    Raises:
+        DQOError: If the task has no rule and the recipe asks for it, or the reward model is missing or none.
+    """
+    if kind(recipe, task) == "model":
+        from dqo.rewards import model
+
+        model.check(recipe.reward)
+
+
+def build(recipe: Recipe, task: Task, device: "torch.device", encoder: "ResponseEncoder | None" = None) -> Reward:
     """Return the reward a recipe names.
 
     Args:
         recipe: Its `reward` section, and the encoder's for reference similarity.
         task: The recipe's task.
         device: Where a model runs.
+        encoder: The recipe's encoder where one is loaded already; `None` loads it if it is needed.
 
     Raises:
-        DQOError: If the task has no rule and the recipe names nothing else, or a model cannot be used.
+        DQOError: If the task has no rule and the recipe names it, or a model cannot be used.
     """
-    return RuleReward(task)
+    match kind(recipe, task):
+        case "rule":
+            return RuleReward(task)
+        case "reference_similarity":
+            from dqo.embedding import ResponseEncoder
+            from dqo.rewards.similarity import ReferenceSimilarity
+
+            return ReferenceSimilarity(encoder or ResponseEncoder(recipe.encoder, device))
+        case "model":
+            from dqo.rewards.model import RewardModel
+
+            return RewardModel(recipe.reward, device)
+
+
+def _no_rule(task: Task) -> DQOError:
+    return DQOError(
+        f"reward.kind: got 'rule', but task {task.name!r} has none; expected 'auto' or 'reference_similarity', or "
+        "'model' with reward.model"
+    )

@@ -15,12 +15,13 @@ from typing import Any
 
 from filelock import FileLock
 
-from dqo import __version__
+from dqo import __version__, rewards
 from dqo.bundled import identity
 from dqo.errors import DQOError
 from dqo.files import write_text
 from dqo.progress import Progress
 from dqo.recipe import Encoder, Policy, Recipe
+from dqo.tasks import Task
 
 _DONE = "done.json"
 PIPELINE_FILE = "pipeline.json"
@@ -79,14 +80,19 @@ def with_identity(section: Policy | Encoder) -> dict[str, Any]:
     return section.model_dump() | {"identity": identity(section.model, section.revision)}
 
 
-def reward_identity(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's reward section with what its model's name stands for now, for `stage_key`."""
-    section = recipe.reward.model_dump()
-    return (
-        section
-        if recipe.reward.model is None
-        else section | {"identity": identity(recipe.reward.model, recipe.reward.revision)}
-    )
+def reward_identity(recipe: Recipe, task: Task) -> dict[str, Any]:
+    """What decides about a reward, with what its model's name stands for now, for `stage_key`.
+
+    Raises:
+        DQOError: As `dqo.rewards.kind`, or if the model cannot be found.
+    """
+    kind = rewards.kind(recipe, task)
+    section = recipe.reward.model_dump() | {"kind": kind}
+    if kind == "reference_similarity":
+        section["encoder"] = with_identity(recipe.encoder)
+    if recipe.reward.model is not None:
+        section["identity"] = identity(recipe.reward.model, recipe.reward.revision)
+    return section
 
 
 class StageFolder:

@@ -2,7 +2,9 @@
 
 import json
 import platform
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from dqo.policy import CheckpointCard, default_device, end_of_turn_ids, load_for
 from dqo.progress import Progress
 from dqo.recipe import Recipe
 from dqo.registry import decide
-from dqo.rewards import build, score
+from dqo.rewards import Reward, build, score
 from dqo.shell import dqo_command
 from dqo.stages.context import Context, StageFolder, reward_identity, running, stage_key, with_identity
 from dqo.stages.labels import label
@@ -65,8 +67,10 @@ def run(context: Context, data: Path, checkpoints: list[Path], evaluation: Path)
         with tracking.child_run(context.parent_run_id, "evaluate", "evaluate", key) as run_:
             if not folder.finished:
                 rows = read_rows(data / "eval.jsonl")[: recipe.evaluation.prompts]
+                # One for all models, loaded when the first of them has no responses in the workspace.
+                reward = cache(lambda: build(recipe, get_task(recipe.task), default_device()))
                 sampled = {
-                    name: _sample(context, name, folders[name], keys[name], rows, progress)
+                    name: _sample(context, name, folders[name], keys[name], rows, reward, progress)
                     for name in recipe.model_names
                 }
                 _measure(context, folder, run_, experiment, card, rows, sampled, folders)
@@ -80,7 +84,7 @@ def _sampling_key(recipe: Recipe, card: DataCard, checkpoint: Path | None) -> st
         model=None if checkpoint is None else CheckpointCard.read(checkpoint).stage_key,
         policy=with_identity(recipe.policy),
         evaluation=recipe.evaluation.model_dump(include={"prompts", "n", "sampling", "batch_prompts"}),
-        reward=reward_identity(recipe),
+        reward=reward_identity(recipe, get_task(recipe.task)),
         seed=recipe.seed,
         task=recipe.task,
         data=card.digest,
@@ -88,7 +92,13 @@ def _sampling_key(recipe: Recipe, card: DataCard, checkpoint: Path | None) -> st
 
 
 def _sample(
-    context: Context, name: str, checkpoint: Path | None, key: str, rows: list[dict[str, Any]], progress: Progress
+    context: Context,
+    name: str,
+    checkpoint: Path | None,
+    key: str,
+    rows: list[dict[str, Any]],
+    reward: Callable[[], Reward],
+    progress: Progress,
 ) -> list[dict[str, Any]]:
     """Responses and qualities of one model, a row a prompt; kept in the workspace by the model's own key."""
     recipe = context.recipe
@@ -101,7 +111,6 @@ def _sample(
         progress("step", position + len(batches), total, label(recipe, name))
         return read_jsonl(kept)
     device = default_device()
-    reward = build(recipe, get_task(recipe.task), device)
     tokenizer = load_tokenizer(recipe.policy)
     model = load_for_inference(recipe.policy, device, checkpoint)
     ends = end_of_turn_ids(tokenizer, model)
@@ -127,7 +136,7 @@ def _sample(
                     "prompt": row["prompt"][-1]["content"],
                     "model": name,
                     "responses": [one.text for one in group],
-                    "qualities": score(reward, [one.text for one in group], [row] * len(group)),
+                    "qualities": score(reward(), [one.text for one in group], [row] * len(group)),
                     "truncated": [one.truncated for one in group],
                     "tokens": [one.tokens for one in group],
                 }

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from dqo import tracking
+from dqo import rewards, tracking
 from dqo.bundled import identity
 from dqo.data import prepare, read_rows, source_fingerprint
 from dqo.files import write_text
@@ -21,10 +21,11 @@ def run(context: Context, data: Path) -> None:
             pipeline.json, which names the MLflow run.
 
     Raises:
-        DQOError: If MLflow does not answer or the data or model cannot be used.
+        DQOError: If MLflow does not answer or the data, a model or the reward cannot be used.
     """
     recipe = context.recipe
     task = get_task(recipe.task)
+    rewards.check(recipe, task)  # rather than after the hours of SFT
     key = stage_key(
         task=recipe.task,
         data=recipe.data.model_dump(),

@@ -5,6 +5,7 @@ from typing import Any
 
 from dqo import tracking
 from dqo.data import DataCard, read_rows
+from dqo.embedding import ResponseEncoder
 from dqo.errors import DQOError
 from dqo.files import read_jsonl
 from dqo.health import Monitor, judge
@@ -42,7 +43,7 @@ def run(context: Context, variant: str, data: Path, parent: Path, checkpoint: Pa
     recipe = context.recipe
     if variant not in recipe.variants:
         raise DQOError(f"variant {variant!r}: not in this recipe; expected one of: {', '.join(recipe.variants)}")
-    card = DataCard.read(data / "card.json")
+    card, task = DataCard.read(data / "card.json"), get_task(recipe.task)
     key = stage_key(
         # Not what only says how often to write, where the rollout server is or what memory it takes: a change must not
         # lose checkpoints.
@@ -59,7 +60,7 @@ def run(context: Context, variant: str, data: Path, parent: Path, checkpoint: Pa
         # alpha alone tells the variants apart, so a changed alpha does not repeat the baseline.
         method=recipe.method.model_dump(exclude={"baselines", "alpha"}) | {"alpha": _alpha(recipe, variant)},
         encoder=with_identity(recipe.encoder),
-        reward=reward_identity(recipe),
+        reward=reward_identity(recipe, task),
         policy=with_identity(recipe.policy),
         seed=recipe.seed,
         layout=recipe.layout,
@@ -97,13 +98,15 @@ def work(
 ) -> None:
     """What each process of the stage does; see `dqo.stages.training.train`."""
     recipe = context.recipe
-    task = get_task(recipe.task)
+    task, device = get_task(recipe.task), default_device()
+    encoder = ResponseEncoder(recipe.encoder, device)  # of the volume and, it may be, of the reward
     train(
         context, folder, progress, run,
         model_name=variant, key=key, settings=_settings(context, folder, variant),
         rows=read_rows(Path(data) / "train.jsonl"), parent=Path(parent), card=DataCard.read(Path(data) / "card.json"),
         prompts_per_step=recipe.rl.prompts_per_step,
-        reward=TrlReward(build(recipe, task, default_device()), task),
+        encoder=encoder,
+        reward=TrlReward(build(recipe, task, device, encoder), task),
         table_every=recipe.rl.log_completions_every,
         monitor=Monitor(recipe.rl.health, recipe.method.k, recipe.method.kernel_scale),
     )  # fmt: skip

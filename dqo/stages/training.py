@@ -221,6 +221,7 @@ def train(
     parent: Path | None,
     card: DataCard,
     prompts_per_step: int,
+    encoder: ResponseEncoder | None = None,
     reward: Callable[..., list[float | None]] | None = None,
     table_every: int | None = None,
     monitor: Monitor | None = None,
@@ -241,6 +242,7 @@ def train(
         parent: Checkpoint to start from, `None` for the base model.
         card: The data's card.
         prompts_per_step: Prompts in a step, for the check that the data fills one.
+        encoder: The recipe's encoder where it is loaded already; `None` loads it if it is needed.
         reward: TRL reward function; `None` trains on demonstrations.
         table_every: Steps between tables of responses in MLflow; `None` logs none.
         monitor: New, with the health rules that may end training; `None` asks for none.
@@ -258,7 +260,8 @@ def train(
     tokenizer = load_tokenizer(recipe.policy)
     # Before the configuration: with ZeRO-3, every model that is loaded behind it is split over the processes.
     embeds = settings["alpha"] > 0 or reward is not None
-    encoder = ResponseEncoder(recipe.encoder, device) if embeds else None
+    if embeds and encoder is None:
+        encoder = ResponseEncoder(recipe.encoder, device)
     args = DQOConfig(**settings)
     set_seed(recipe.seed)  # a new adapter is drawn before the trainer sets its seed
     model = trainable(recipe.policy, device, parent)

@@ -13,6 +13,7 @@ __all__ = ["TASKS", "PublicSet", "Task", "get_task", "problem"]
 TASKS = {
     "story": "dqo.tasks.story:STORY",
     "reasoning": "dqo.tasks.reasoning:REASONING",
+    "instruction": "dqo.tasks.instruction:INSTRUCTION",
 }
 _OWN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
