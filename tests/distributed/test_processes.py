@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -15,6 +17,7 @@ from dqo.stages import processes
 from dqo.stages.processes import launch
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
 WORKER = str(Path(__file__).with_name("worker.py"))
 
 
@@ -95,3 +98,14 @@ def test_a_signal_ends_all_processes_and_is_an_interrupt(place, monkeypatch, wha
     finally:
         signal.signal(number, before)
     assert not any(psutil.pid_exists(pid) for pid in pids(place))
+
+
+def test_a_process_ends_when_its_stage_is_gone(place):
+    """Killed with SIGKILL, a stage can pass nothing on; its processes look for it themselves."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    os.mkfifo(place / "job.json")  # reading it waits forever
+    environment = os.environ | {processes.STAGE_PROCESS: str(gone.pid), "RANK": "0", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "dqo.stages.worker", str(place / "job.json")]
+    assert subprocess.run(command, env=environment, timeout=600).returncode == 1
+    assert not list(place.glob("failure-*"))
