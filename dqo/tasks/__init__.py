@@ -11,6 +11,7 @@ __all__ = ["TASKS", "PublicSet", "Task", "get_task", "problem"]
 # Where each one is, as module:NAME; imported when it is asked for, so that a recipe can be checked at once.
 TASKS = {
     "story": "dqo.tasks.story:STORY",
+    "summarization": "dqo.tasks.summarization:SUMMARIZATION",
 }
 _OWN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
