@@ -72,16 +72,16 @@ def _stemming() -> Any:
     return DefaultTokenizer(use_stemmer=True)
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=4096)
 def _tokens(text: str) -> tuple[str, ...]:
     """Stems of the words and numbers of a text, as ROUGE counts them: only letters a to z and digits are seen."""
     return tuple(_stemming().tokenize(text))
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def _runs(article: str) -> frozenset[tuple[str, ...]]:
     """Every `RUN` words in a row of a text."""
-    words = _tokens(article)
+    words = tuple(_stemming().tokenize(article))
     return frozenset(words[start : start + RUN] for start in range(len(words) - RUN + 1))
 
 
@@ -128,10 +128,8 @@ class Form:
         return prod(astuple(self))
 
 
-@lru_cache(maxsize=8192)
-def _size(reference: str) -> tuple[int, int]:
-    """Sentences and words of a reference."""
-    return len(sentences(reference)), len(_tokens(reference))
+def _most_sentences(references: Sequence[str]) -> int:
+    return max(1, *(len(sentences(reference)) for reference in references))
 
 
 def form(response: str, row: Row) -> Form | None:
@@ -140,12 +138,11 @@ def form(response: str, row: Row) -> Form | None:
     words, count = [word.lower() for word in WORD.findall(text)], len(_tokens(text))
     if not words or not count:
         return None
-    sizes = [_size(reference) for reference in row["references"]]
-    most_sentences, most_words = max(1, *(size[0] for size in sizes)), max(MAX_WORDS, *(size[1] for size in sizes))
+    most_words = max(MAX_WORDS, *(len(_tokens(reference)) for reference in row["references"]))
     return Form(
         opening=opening(text),
         ending=ending(text),
-        single=min(1.0, most_sentences / len(sentences(text))),
+        single=min(1.0, _most_sentences(row["references"]) / len(sentences(text))),
         length=min(1.0, count / MIN_WORDS, most_words / count),
         prose=prose(words),
         own=min(1.0, 1.5 - copied(text, row["article"])),
@@ -168,8 +165,12 @@ def reward(response: str, row: Row) -> float:
 
 
 def prompt(row: Row) -> list[Message]:
-    """Ask for a summary of the row's article."""
-    return [{"role": "user", "content": f"Summarize this text in one sentence: {row['article']}"}]
+    """Ask for a summary of the row's article: one sentence, or a few where a reference has several.
+
+    WORDING
+    """
+    size = "one sentence" if _most_sentences(row["references"]) == 1 else "a few sentences"
+    return [{"role": "user", "content": f"{row['article'].strip()}\n\nSummarize this text in {size}."}]
 
 
 def check(row: Row) -> str | None:
@@ -186,10 +187,13 @@ def check(row: Row) -> str | None:
 
 
 def _from_cnn_dailymail(row: Row) -> dict[str, Any]:
-    """Turn an article with its highlights, a line each, into ours: the lines become one reference."""
-    lines = [line.strip() for line in row["highlights"].splitlines()]
+    """Turn an article and its highlights, a sentence a line, into ours: the lines become one reference."""
+    highlights = row["highlights"]
+    if not isinstance(highlights, str):
+        return {"article": row["article"], "references": highlights}  # for `check` to name
     # The set's text was tokenised once: " ." stands where a sentence ends.
-    joined = " ".join(re.sub(r"\s+([.,;:!?])", r"\1", line) for line in lines if line)
+    lines = [re.sub(r"\s+([.,;:!?])", r"\1", line.strip()) for line in highlights.splitlines() if line.strip()]
+    joined = " ".join(line if ending(line) == 1.0 else f"{line}." for line in lines)
     return {"article": row["article"], "references": [joined]}
 
 
