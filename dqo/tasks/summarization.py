@@ -16,10 +16,12 @@ How a policy may try to hack it, and what happens:
   varies. Up to half of a response may be quoted at no cost, names and figures with it.
 - the copy with a word exchanged here and there: `own` looks for runs of five words, so a word in five has to be changed.
 - keywords in the order of the text ("Bakery, flour, gas, phone shop."): no function words, so `prose` is 0.
-- several sentences, lines, bullets, a remark around the summary ("Here is a summary:"): `single`, `length`, `plain`, and
+- several sentences, lines, bullets, a remark around the summary ("Here is a summary:"): `single`, `length`, `plain`;
   every word that no reference has lowers ROUGE's precision.
+- a good summary padded with anything, to look different from the others: `length`, and precision while the content
+  earns less than full marks.
 - running on until the token limit: `ending`, `length`.
-- saying one thing again and again: a longest common subsequence counts it once, and precision falls.
+- saying one thing again and again: a longest common subsequence counts it once, so precision falls; `variety`.
 - text in another script, emoji, markup, which ROUGE does not see at all: `plain`.
 
 Not stopped: a summary that turns the facts round ("The bakery closed the customers") or adds one, a good summary in
@@ -41,14 +43,17 @@ from dqo.tasks.prose import WORD, ending, opening, plain, prose, sentences
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
 
-MIN_WORDS, MAX_WORDS = 6, 25
+SHORTEST, LONGEST = 0.5, 1.5
+"""Lengths that cost nothing, in lengths of the shortest and of the longest reference."""
 FULL_ROUGE = 0.5
 """ROUGE-L from which the content earns full marks."""
 RUN = 5
 """Words in a row that count as copied from the text."""
 
 # Latin letters with accents are plain, as are the signs of money and measures; other scripts and markup are not.
-_PLAIN = re.compile(r"[A-Za-z0-9 \u00c0-\u024f.,;:!?'\"()$%&/+\u00a3\u00b0\u20ac\u2018\u2019\u201c\u201d\u2013\u2014\u2026-]")
+_PLAIN = re.compile(
+    r"[A-Za-z0-9 \u00c0-\u024f.,;:!?'\"()$%&/+\u00a3\u00b0\u20ac\u2018\u2019\u201c\u201d\u2013\u2014\u2026-]"
+)
 
 
 class _Tokenizer:
@@ -114,11 +119,14 @@ class Form:
     single: float
     """1 for one sentence, or as many as the longest reference has; beyond, that number / sentences and fragments."""
     length: float
-    """1 from 6 to 25 words, or as many as the longest reference has; below words / 6, above that number / words."""
+    """1 from half the words of the shortest reference to 1.5 times those of the longest; below and above, the smaller of
+    words and limit over the larger."""
     prose: float
     """Share of English function words (the, of, was ...) over one seventh, at most 1: 0 for a bare list."""
     own: float
     """1 while at most half of the words are copied from the article in runs of five, falling to 0.5 where all are."""
+    variety: float
+    """min(1, share of distinct words / 0.7)."""
     plain: float
     """1 - 5 x share of characters beyond Latin letters, digits, spaces, common punctuation and signs, at least 0."""
 
@@ -138,14 +146,15 @@ def form(response: str, row: Row) -> Form | None:
     words, count = [word.lower() for word in WORD.findall(text)], len(_tokens(text))
     if not words or not count:
         return None
-    most_words = max(MAX_WORDS, *(len(_tokens(reference)) for reference in row["references"]))
+    sizes = [len(_tokens(reference)) for reference in row["references"]]
     return Form(
         opening=opening(text),
         ending=ending(text),
         single=min(1.0, _most_sentences(row["references"]) / len(sentences(text))),
-        length=min(1.0, count / MIN_WORDS, most_words / count),
+        length=min(1.0, count / (SHORTEST * min(sizes)), LONGEST * max(sizes) / count),
         prose=prose(words),
         own=min(1.0, 1.5 - copied(text, row["article"])),
+        variety=min(1.0, len(set(words)) / len(words) / 0.7),
         plain=plain(text, _PLAIN),
     )
 
@@ -167,7 +176,10 @@ def reward(response: str, row: Row) -> float:
 def prompt(row: Row) -> list[Message]:
     """Ask for a summary of the row's article: one sentence, or a few where a reference has several.
 
-    WORDING
+    Of four wordings tried on SmolLM2-135M-Instruct (12 bundled texts, 8 samples each) this one had the highest mean
+    reward: 0.23; with the request before the text 0.19, "Say in one short sentence what this text is about." 0.16,
+    "Summarize this text briefly:" 0.11, mostly for its several sentences. On 12 other texts it reached 0.20, with a
+    standard deviation of 0.13 within a group and 6 % of the samples tied with another of their group.
     """
     size = "one sentence" if _most_sentences(row["references"]) == 1 else "a few sentences"
     return [{"role": "user", "content": f"{row['article'].strip()}\n\nSummarize this text in {size}."}]
