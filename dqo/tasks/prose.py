@@ -1,4 +1,7 @@
-"""What rules can say about the form of English prose: words, sentences, how a text opens and ends. [ours]"""
+"""What rules can say about the form of English prose: words, sentences, how a text opens and ends.
+
+The rules and their numbers are choices of this project [ours].
+"""
 
 import re
 from collections.abc import Sequence

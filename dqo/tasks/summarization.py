@@ -14,7 +14,7 @@ How a policy may try to hack it, and what happens:
   and ROUGE alone would reward it as one. Here it earns at most half: the copy is the one response that is open to every
   member of a group, so a policy that finds it has nothing left to vary, and the point of this library is that it
   varies. Up to half of a response may be quoted at no cost, names and figures with it.
-- the copy with a word exchanged here and there: `own` looks for runs of five words, so a word in five has to be changed.
+- the copy with a word exchanged here and there: `own` looks for runs of five words, so one in five has to be changed.
 - keywords in the order of the text ("Bakery, flour, gas, phone shop."): no function words, so `prose` is 0.
 - several sentences, lines, bullets, a remark around the summary ("Here is a summary:"): `single`, `length`, `plain`;
   every word that no reference has lowers ROUGE's precision.
@@ -119,8 +119,8 @@ class Form:
     single: float
     """1 for one sentence, or as many as the longest reference has; beyond, that number / sentences and fragments."""
     length: float
-    """1 from half the words of the shortest reference to 1.5 times those of the longest; below and above, the smaller of
-    words and limit over the larger."""
+    """1 from half the words of the shortest reference to 1.5 times those of the longest; outside, the ratio of words and
+    limit that is below 1."""
     prose: float
     """Share of English function words (the, of, was ...) over one seventh, at most 1: 0 for a bare list."""
     own: float

@@ -1,4 +1,4 @@
-"""The summarization task: the shipped texts, and rewards worked out by hand or by brute force from the documented parts."""
+"""The summarization task: the shipped texts, and rewards by hand or by brute force from the documented parts."""
 
 import json
 import re
