@@ -24,9 +24,13 @@ How a policy may try to hack it, and what happens:
 - saying one thing again and again: a longest common subsequence counts it once, so precision falls; `variety`.
 - text in another script, emoji, markup, which ROUGE does not see at all: `plain`.
 
+Over the bundled texts, a reference earns 0.53 on average where only the other one is known, the first sentence copied
+0.36, a reference of another text 0.21.
+
 Not stopped: a summary that turns the facts round ("The bakery closed the customers") or adds one, a good summary in
 words that no reference has (a low ROUGE-L; more references help), and common words in the usual order, which are worth
-a ROUGE-L of about 0.1 with any reference. Rules cannot judge truth: read the responses in the report.
+a ROUGE-L of about 0.1 with any reference, a fifth of full marks. Rules cannot judge truth: read the responses in the
+report.
 """
 
 import re
@@ -119,8 +123,8 @@ class Form:
     single: float
     """1 for one sentence, or as many as the longest reference has; beyond, that number / sentences and fragments."""
     length: float
-    """1 from half the words of the shortest reference to 1.5 times those of the longest; outside, the ratio of words and
-    limit that is below 1."""
+    """1 from half the words of the shortest reference to 1.5 times those of the longest; outside, the smaller of words
+    and limit over the larger."""
     prose: float
     """Share of English function words (the, of, was ...) over one seventh, at most 1: 0 for a bare list."""
     own: float
