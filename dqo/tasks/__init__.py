@@ -14,6 +14,7 @@ TASKS = {
     "story": "dqo.tasks.story:STORY",
     "reasoning": "dqo.tasks.reasoning:REASONING",
     "instruction": "dqo.tasks.instruction:INSTRUCTION",
+    "summarization": "dqo.tasks.summarization:SUMMARIZATION",
 }
 _OWN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 

@@ -34,30 +34,12 @@ from typing import Any
 from nltk.stem import SnowballStemmer
 
 from dqo.tasks.base import Message, PublicSet, Row, Task
+from dqo.tasks.prose import WORD, ending, opening, plain, prose, sentences
 
 MIN_WORDS, MAX_WORDS = 5, 25
 
-_WORD = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
-# A sentence ends at . ! ? (and closing quotes or brackets) before a space, or at a line break.
-_SENTENCE_END = re.compile(r"(?P<mark>[.!?])(?P<close>[\"')\]\u2019\u201d]*)\s+|\n\s*")
-_TITLE = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|St)$")
-_OPENING = "\"'(\u2018\u201c"
-_CLOSING = "\"')\u2019\u201d"
 # Latin letters with accents (naive with a diaeresis, cafe with an accent) are plain; other scripts and markup are not.
 _PLAIN = re.compile(r"[A-Za-z0-9 \u00c0-\u024f.,;:!?'\"()\u2018\u2019\u201c\u201d\u2013\u2014\u2026-]")
-
-_FUNCTION_WORDS = frozenset(
-    """
-    a an the this that these those some any no every each all both another other one two what which who whose whom
-    i me my mine you your yours he him his she her hers it its we us our ours they them their theirs
-    himself herself itself themselves nobody somebody someone something nothing everyone everything there here
-    am is are was were be been being do does did done has have had having will would can could may might must shall
-    should not never only just so too very than then when while where why how if because since until till unless
-    although though as and or but nor yet for of in on at by to from with without into onto off out up down over under
-    above below behind beside between through across along around against among after before during near toward towards
-    past inside outside upon about like once again always still
-    """.split()
-)
 
 # The stemmer only strips endings; these are the everyday forms that change inside. Both meanings of a form count: "saw"
 # is a tool and the past of "see".
@@ -101,7 +83,7 @@ def _mentions(text: str, concepts: Sequence[str]) -> list[tuple[str, int, int]]:
     by_stem = {_STEMMER.stem(concept.lower()): concept for concept in concepts}
     return [
         (by_stem[stem], match.start(), match.end())
-        for match in _WORD.finditer(text)
+        for match in WORD.finditer(text)
         for stem in _stems(match[0])
         if stem in by_stem
     ]
@@ -109,7 +91,7 @@ def _mentions(text: str, concepts: Sequence[str]) -> list[tuple[str, int, int]]:
 
 def _enumerates(gap: str) -> bool:
     """Whether the text between two words only joins them into a list: a comma, "and" or the like, an article."""
-    words = {word.lower() for word in _WORD.findall(gap)}
+    words = {word.lower() for word in WORD.findall(gap)}
     return words <= {"and", "or", "a", "an", "the"} and (
         not words.isdisjoint({"and", "or"}) or not set(",;:/&|+*\n").isdisjoint(gap)
     )
@@ -125,20 +107,6 @@ def _longest_list(text: str, concepts: Sequence[str]) -> int:
         longest = max(longest, len(row))
         previous_end = end
     return longest
-
-
-def _sentences(text: str) -> list[str]:
-    """Split a response into its sentences; what follows the last mark counts as one."""
-    sentences, start = [], 0
-    for match in _SENTENCE_END.finditer(text):
-        after_title = match["mark"] == "." and _TITLE.search(text, start, match.start())
-        # In '"Stop!" cried the dog.' the sentence goes on after the quotation.
-        goes_on = match["close"] and text[match.end() : match.end() + 1].islower()
-        if not (after_title or goes_on):
-            sentences.append(text[start : match.end()])
-            start = match.end()
-    sentences.append(text[start:])
-    return [sentence for sentence in sentences if _WORD.search(sentence)]
 
 
 @dataclass(frozen=True)
@@ -177,23 +145,21 @@ def coverage(response: str, concepts: Sequence[str]) -> float:
 def form(response: str, concepts: Sequence[str]) -> Form | None:
     """Judge the form of a response; `None` when it holds no word at all."""
     text = response.strip()
-    words = [word.lower() for word in _WORD.findall(text)]
+    words = [word.lower() for word in WORD.findall(text)]
     if not words:
         return None
     count = len(words)
-    function_words = sum(word in _FUNCTION_WORDS for word in words)
     listed = len(concepts) >= 3 and _longest_list(text, concepts) == len(concepts)
     repeats = sum(first == second for first, second in pairwise(words))
-    odd = sum(not _PLAIN.match(character) for character in text)
     return Form(
-        opening=1.0 if text.lstrip(_OPENING)[:1].isupper() else 0.5,
-        ending=1.0 if text.rstrip(_CLOSING)[-1:] in {".", "!", "?"} else 0.5,
-        single=1.0 / len(_sentences(text)),
+        opening=opening(text),
+        ending=ending(text),
+        single=1.0 / len(sentences(text)),
         length=min(1.0, count / MIN_WORDS, MAX_WORDS / count),
-        prose=min(1.0, 7.0 * function_words / count),
+        prose=prose(words),
         woven=0.3 if listed else 1.0,
         variety=min(1.0, len(Counter(words)) / count / 0.7) * 0.5**repeats,
-        plain=max(0.0, 1.0 - 5.0 * odd / len(text)),
+        plain=plain(text, _PLAIN),
     )
 
 
@@ -232,7 +198,7 @@ def check(row: Row) -> str | None:
                 return f"{field}: got the item {item!r}; expected a non-empty string"
     stems: dict[str, str] = {}
     for concept in row["concepts"]:
-        if not _WORD.fullmatch(concept):
+        if not WORD.fullmatch(concept):
             return f"concepts: got {concept!r}; expected a single word of letters"
         stem = _STEMMER.stem(concept.lower())
         if stem in stems:
