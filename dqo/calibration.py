@@ -32,8 +32,8 @@ from torch import Tensor
 
 from dqo.advantage import group_advantages
 from dqo.data import prepare, read_rows
-from dqo.defences import Defences
-from dqo.diversity import group_score
+from dqo.defences import Defences, embedded_text
+from dqo.diversity import Group, group_score
 from dqo.embedding import ResponseEncoder
 from dqo.errors import DQOError
 from dqo.evaluation.statistics import Interval, bootstrap_interval
@@ -293,12 +293,15 @@ def calibrate(
     reward = build(recipe, task, device)
     encoder = ResponseEncoder(recipe.encoder, device)
     model = load_for_inference(recipe.policy, device, checkpoint)
+    if shares_prompts(model.config) and not recipe.policy.gradient_checkpointing:
+        add_shared_prompt_forward(model)
     method, k = recipe.method, recipe.method.k
     step = recipe.rl.prompts_per_step
 
     groups: list[list[Response]] = []
     qualities: list[list[float | None]] = []
-    vectors, similarities = [], []
+    vectors, similarities, unembedded, likelihoods = [], [], [], []
+    pick = embedded_text(method.defences.embed, method.defences.strip_reasoning, task.answer)
     cut, seconds = 0.0, _Stopwatch(device)
     for start in range(0, len(rows), step):
         batch = rows[start : start + step]
@@ -313,19 +316,18 @@ def calibrate(
         with seconds("reward", count):
             values = score(reward, texts, [row for row in batch for _ in range(k)])
         with seconds("embedding", count):
-            embedded = encoder(texts)
+            picked = [pick(text) for text in texts]
+            embedded = encoder([text or "" for text in picked])
         vectors.append(embedded.vectors.view(len(batch), k, -1).cpu())
-        questions = encoder(["".join(message["content"] for message in prompt) for prompt in asked]).vectors.cpu()
-        similarities.append((questions.unsqueeze(1) * vectors[-1]).sum(-1))
+        unembedded += [[text is None for text in picked[at : at + k]] for at in range(0, count, k)]
+        if method.defences.min_prompt_similarity is not None:
+            questions = encoder(["".join(message["content"] for message in prompt) for prompt in asked]).vectors.cpu()
+            similarities.append((questions.unsqueeze(1) * vectors[-1]).sum(-1))
+        with seconds("forward", count):
+            likelihoods.append(_log_likelihood(model, tokenizer, asked, drawn, recipe).view(-1, k).cpu())
         cut += embedded.cut_share * count
         groups += drawn
         qualities += [values[at : at + k] for at in range(0, count, k)]
-
-    tell("timing a forward pass")
-    for start in range(0, len(rows), step)[:2]:  # the first warms up
-        forward = _forward(model, tokenizer, rows[start : start + step], groups[start : start + step], recipe)
-        with seconds("forward", len(rows[start : start + step]) * k):
-            forward()
 
     rewards = torch.tensor([[math.nan if q is None else q for q in group] for group in qualities], dtype=torch.float64)
     scored = ~rewards.isnan()
@@ -341,13 +343,20 @@ def calibrate(
         )
     embeddings = torch.cat(vectors)
     truncated = torch.tensor([[one.truncated for one in group] for group in groups])
-    earns = Defences(**method.defences.model_dump()).earns(rewards, truncated, torch.cat(similarities))
+    failed = Defences(**method.defences.model_dump(exclude={"embed", "strip_reasoning"})).failed(
+        rewards,
+        truncated,
+        torch.tensor([[one.tokens for one in group] for group in groups]),
+        torch.cat(similarities) if similarities else None,
+    ) | {"no_answer": torch.tensor(unembedded)}
+    earns = ~torch.stack(list(failed.values())).any(0)
     quality = spread(rewards, scored)
     advantage = group_advantages(
         rewards, torch.zeros_like(rewards), 0.0, method.advantage, method.quality_scale, earns=earns
     )
     advantage_std = spread(advantage, scored).std
-    scores, bonuses = _scores(recipe, embeddings, earns, advantage_std, share)
+    group = Group(embeddings, earns, torch.cat(likelihoods))
+    scores, bonuses = _scores(recipe, group, rewards, advantage_std, share)
 
     tell("checking the encoder")
     tied_groups, tied_pairs = ties(rewards)
@@ -448,15 +457,22 @@ def ties(rewards: Tensor) -> tuple[float, float]:
 
 
 def _scores(
-    recipe: Recipe, embeddings: Tensor, earns: Tensor, quality_std: float, share: float
+    recipe: Recipe, group: Group, rewards: Tensor, quality_std: float, share: float
 ) -> tuple[list[ScoreCalibration], Tensor]:
-    """Every score on the same groups, the recipe's first, and the bonuses of that one."""
+    """Every score on the same groups, the recipe's first, and the bonuses of that one.
+
+    Where the recipe multiplies, what its score adds to a reward r is alpha r (s - 1), so that r (s - 1) is its bonus.
+    """
     method = recipe.method
+    assert group.mask is not None
+    earns = group.mask
     names = list(get_args(Method.model_fields["score"].annotation))
     names.sort(key=lambda name: name != method.score)  # the recipe's first, the others as they are
     found, own = [], torch.empty(0)
     for name in names:
-        bonus = group_score(name, method.k, method.kernel_scale, method.distinct_threshold).bonus(embeddings, earns)
+        bonus = group_score(name, method.k, method.kernel_scale, method.distinct_threshold).bonus(group)
+        if name == method.score and method.combine == "multiply":
+            bonus = (rewards * (bonus - 1)).where(earns, 0.0)
         own = bonus if name == method.score else own
         part = spread(bonus, earns) if earns.any() else Spread(math.nan, math.nan, math.nan, 0)
         differs = part.std > 1e-9  # false for nan; float32 leaves a rounding where members coincide
@@ -573,33 +589,34 @@ def _passes(recipe: Recipe) -> int:
     return passes + int(recipe.policy.gradient_checkpointing) + int(recipe.rl.beta > 0)
 
 
-def _forward(
-    model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], groups: Sequence[Sequence[Response]], recipe: Recipe
-) -> Callable[[], object]:
-    """A pass over the responses in the form in which the trainer scores them; only lengths matter, not the tokens."""
-    encoded = tokenizer.apply_chat_template(
-        [row["prompt"] for row in rows], add_generation_prompt=True, return_dict=True
-    )["input_ids"]
-    device, pad = model.device, tokenizer.pad_token_id
-    lengths = [one.tokens for group in groups for one in group]
-    responses = torch.full((len(lengths), max(lengths)), pad, device=device)
-    mask = torch.tensor([[int(at < length) for at in range(max(lengths))] for length in lengths], device=device)
-    of = torch.arange(len(groups), device=device).repeat_interleave(recipe.method.k)
+@torch.no_grad()
+def _log_likelihood(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[dict[str, str]]],
+    groups: Sequence[Sequence[Response]],
+    recipe: Recipe,
+) -> Tensor:
+    """Log-likelihood of each response in nats, `(responses,)`, by the pass with which the trainer scores them."""
+    encoded = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True)["input_ids"]
+    device, pad, temperature = model.device, tokenizer.pad_token_id, recipe.rl.sampling.temperature
+    drawn = [one.ids for group in groups for one in group]
+    longest = max(len(ids) for ids in drawn)
+    responses = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in drawn], device=device)
+    mask = torch.tensor([[int(at < len(ids)) for at in range(longest)] for ids in drawn], device=device)
+    rows = torch.arange(len(groups), device=device).repeat_interleave(recipe.method.k)
     if shares_prompts(model.config) and not recipe.policy.gradient_checkpointing:
-        add_shared_prompt_forward(model)
         ids, attention = left_pad(encoded, pad, device)
-        arguments = {"input_ids": ids, "attention_mask": attention, "completion_ids": responses,
-                     "completion_mask": mask, "prompt_rows": of, "temperature": 1.0}  # fmt: skip
-    else:
-        ids, attention = left_pad([encoded[index] for index in of.tolist()], pad, device)
-        arguments = {"input_ids": torch.cat([ids, responses], 1), "attention_mask": torch.cat([attention, mask], 1),
-                     "logits_to_keep": responses.shape[1]}  # fmt: skip
-
-    def run() -> object:
-        with torch.no_grad():
-            return model(**arguments)
-
-    return run
+        scores = model(input_ids=ids, attention_mask=attention, completion_ids=responses, completion_mask=mask,
+                       prompt_rows=rows, temperature=temperature)  # fmt: skip
+        return scores.log_probs.sum(-1)
+    ids, attention = left_pad([encoded[row] for row in rows.tolist()], pad, device)
+    attention = torch.cat([attention, mask], 1)
+    # The logits in front of each response token.
+    logits = model(input_ids=torch.cat([ids, responses], 1), attention_mask=attention,
+                   position_ids=(attention.cumsum(-1) - 1).clamp(min=0)).logits[:, -longest - 1 : -1]  # fmt: skip
+    log_probs = (logits.float() / temperature).log_softmax(-1).gather(-1, responses.unsqueeze(-1)).squeeze(-1)
+    return (log_probs * mask).sum(-1)
 
 
 # Words ----------------------------------------------------------------------------------------------------------------
