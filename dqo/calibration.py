@@ -293,16 +293,14 @@ def calibrate(
     reward = build(recipe, task, device)
     encoder = ResponseEncoder(recipe.encoder, device)
     model = load_for_inference(recipe.policy, device, checkpoint)
-    shared = shares_prompts(model.config) and not recipe.policy.gradient_checkpointing
-    if shared:
+    if shares_prompts(model.config) and not recipe.policy.gradient_checkpointing:
         add_shared_prompt_forward(model)
     method, k = recipe.method, recipe.method.k
     step = recipe.rl.prompts_per_step
 
     groups: list[list[Response]] = []
     qualities: list[list[float | None]] = []
-    vectors, similarities, likelihoods = [], [], []
-    unembedded: list[Tensor] = []
+    vectors, similarities, unembedded, likelihoods = [], [], [], []
     pick = embedded_text(method.defences.embed, method.defences.strip_reasoning, task.answer)
     cut, seconds = 0.0, _Stopwatch(device)
     for start in range(0, len(rows), step):
@@ -319,11 +317,15 @@ def calibrate(
             values = score(reward, texts, [row for row in batch for _ in range(k)])
         picked = [pick(text) for text in texts]
         with seconds("embedding", count):
+            picked = [pick(text) for text in texts]
             embedded = encoder([text or "" for text in picked])
-        unembedded.append(torch.tensor([text is None for text in picked]).view(len(batch), k))
         vectors.append(embedded.vectors.view(len(batch), k, -1).cpu())
-        questions = encoder(["".join(message["content"] for message in prompt) for prompt in asked]).vectors.cpu()
-        similarities.append((questions.unsqueeze(1) * vectors[-1]).sum(-1))
+        unembedded += [[text is None for text in picked[at : at + k]] for at in range(0, count, k)]
+        if method.defences.min_prompt_similarity is not None:
+            questions = encoder(["".join(message["content"] for message in prompt) for prompt in asked]).vectors.cpu()
+            similarities.append((questions.unsqueeze(1) * vectors[-1]).sum(-1))
+        with seconds("forward", count):
+            likelihoods.append(_log_likelihood(model, tokenizer, asked, drawn, recipe).view(-1, k).cpu())
         cut += embedded.cut_share * count
         with seconds("forward", count):
             likelihoods.append(_log_likelihood(model, tokenizer, asked, drawn, recipe, shared).cpu())
@@ -344,19 +346,20 @@ def calibrate(
         )
     embeddings = torch.cat(vectors)
     truncated = torch.tensor([[one.truncated for one in group] for group in groups])
-    tokens = torch.tensor([[one.tokens for one in group] for group in groups])
-    conditions = Defences(**method.defences.model_dump(exclude={"embed", "strip_reasoning"}))
-    failed = conditions.failed(rewards, truncated, tokens, torch.cat(similarities)) | {
-        "no_answer": torch.cat(unembedded)
-    }
+    failed = Defences(**method.defences.model_dump(exclude={"embed", "strip_reasoning"})).failed(
+        rewards,
+        truncated,
+        torch.tensor([[one.tokens for one in group] for group in groups]),
+        torch.cat(similarities) if similarities else None,
+    ) | {"no_answer": torch.tensor(unembedded)}
     earns = ~torch.stack(list(failed.values())).any(0)
     quality = spread(rewards, scored)
     advantage = group_advantages(
         rewards, torch.zeros_like(rewards), 0.0, method.advantage, method.quality_scale, earns=earns
     )
     advantage_std = spread(advantage, scored).std
-    sampled = Group(embeddings, earns, torch.cat(likelihoods))
-    scores, bonuses = _scores(recipe, sampled, advantage_std, share)
+    group = Group(embeddings, earns, torch.cat(likelihoods))
+    scores, bonuses = _scores(recipe, group, rewards, advantage_std, share)
 
     tell("checking the encoder")
     tied_groups, tied_pairs = ties(rewards)
@@ -455,16 +458,25 @@ def ties(rewards: Tensor) -> tuple[float, float]:
     return equal_groups / len(rewards), equal_pairs / pairs if pairs else math.nan
 
 
-def _scores(recipe: Recipe, groups: Group, quality_std: float, share: float) -> tuple[list[ScoreCalibration], Tensor]:
-    """Every score on the same groups, the recipe's first, and the bonuses of that one."""
+def _scores(
+    recipe: Recipe, group: Group, rewards: Tensor, quality_std: float, share: float
+) -> tuple[list[ScoreCalibration], Tensor]:
+    """Every score on the same groups, the recipe's first, and the bonuses of that one.
+
+    Where the recipe multiplies, what its score adds to a reward r is alpha r (s - 1), so that r (s - 1) is its bonus.
+    """
     method = recipe.method
-    names = list(get_args(Score))
+    assert group.mask is not None
+    earns = group.mask
+    names = list(get_args(Method.model_fields["score"].annotation))
     names.sort(key=lambda name: name != method.score)  # the recipe's first, the others as they are
     found, own = [], torch.empty(0)
     earns = groups.mask
     assert earns is not None
     for name in names:
-        bonus = group_score(name, method.k, method.kernel_scale, method.distinct_threshold).bonus(groups)
+        bonus = group_score(name, method.k, method.kernel_scale, method.distinct_threshold).bonus(group)
+        if name == method.score and method.combine == "multiply":
+            bonus = (rewards * (bonus - 1)).where(earns, 0.0)
         own = bonus if name == method.score else own
         part = spread(bonus, earns) if earns.any() else Spread(math.nan, math.nan, math.nan, 0)
         differs = part.std > 1e-9  # false for nan; float32 leaves a rounding where members coincide
@@ -581,37 +593,34 @@ def _passes(recipe: Recipe) -> int:
     return passes + int(recipe.policy.gradient_checkpointing) + int(recipe.rl.beta > 0)
 
 
+@torch.no_grad()
 def _log_likelihood(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[Any],
+    prompts: Sequence[Sequence[dict[str, str]]],
     groups: Sequence[Sequence[Response]],
     recipe: Recipe,
-    shared: bool,
 ) -> Tensor:
-    """Log pi(y | x) of each response in nats, shape `(prompts, k)`, by the pass with which the trainer scores them."""
-    encoded = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
+    """Log-likelihood of each response in nats, `(responses,)`, by the pass with which the trainer scores them."""
+    encoded = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True)["input_ids"]
     device, pad, temperature = model.device, tokenizer.pad_token_id, recipe.rl.sampling.temperature
     drawn = [one.ids for group in groups for one in group]
-    longest = max(map(len, drawn))
-    responses = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in drawn], device=device)
-    mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in drawn], device=device)
-    of = torch.arange(len(groups), device=device).repeat_interleave(recipe.method.k)
-    with torch.no_grad():
-        if shared:
-            ids, attention = left_pad(encoded, pad, device)
-            log_probs = model(
-                input_ids=ids, attention_mask=attention, completion_ids=responses, completion_mask=mask,
-                prompt_rows=of, temperature=temperature,
-            ).log_probs  # fmt: skip
-        else:
-            ids, attention = left_pad([encoded[index] for index in of.tolist()], pad, device)
-            logits = model(
-                input_ids=torch.cat([ids, responses], 1), attention_mask=torch.cat([attention, mask], 1),
-                logits_to_keep=longest + 1,
-            ).logits[:, :-1]  # fmt: skip
-            log_probs = (logits.float() / temperature).log_softmax(-1).gather(-1, responses.unsqueeze(-1)).squeeze(-1)
-    return (log_probs * mask).sum(-1).view(len(groups), -1)
+    longest = max(len(ids) for ids in drawn)
+    responses = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in drawn], device=device)
+    mask = torch.tensor([[int(at < len(ids)) for at in range(longest)] for ids in drawn], device=device)
+    rows = torch.arange(len(groups), device=device).repeat_interleave(recipe.method.k)
+    if shares_prompts(model.config) and not recipe.policy.gradient_checkpointing:
+        ids, attention = left_pad(encoded, pad, device)
+        scores = model(input_ids=ids, attention_mask=attention, completion_ids=responses, completion_mask=mask,
+                       prompt_rows=rows, temperature=temperature)  # fmt: skip
+        return scores.log_probs.sum(-1)
+    ids, attention = left_pad([encoded[row] for row in rows.tolist()], pad, device)
+    attention = torch.cat([attention, mask], 1)
+    # The logits in front of each response token.
+    logits = model(input_ids=torch.cat([ids, responses], 1), attention_mask=attention,
+                   position_ids=(attention.cumsum(-1) - 1).clamp(min=0)).logits[:, -longest - 1 : -1]  # fmt: skip
+    log_probs = (logits.float() / temperature).log_softmax(-1).gather(-1, responses.unsqueeze(-1)).squeeze(-1)
+    return (log_probs * mask).sum(-1)
 
 
 # Words ----------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ do better on a GPU: use vLLM there (recipe: `rl.rollout`).
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -257,13 +257,13 @@ class Response:
         text: Decoded, without special tokens.
         tokens: Its length in tokens, the end token included.
         truncated: It was cut at `max_new_tokens`.
-        ids: Its tokens.
+        ids: Its token ids.
     """
 
     text: str
     tokens: int
     truncated: bool
-    ids: list[int]
+    ids: tuple[int, ...] = field(default=(), repr=False)
 
 
 def sample_texts(
@@ -309,7 +309,7 @@ def sample_texts(
             drawn.append(tail[:stop])
     texts = tokenizer.batch_decode(drawn, skip_special_tokens=True)
     responses = [
-        Response(text.strip(), len(ids), ids[-1] not in set(eos_ids), ids)
+        Response(text.strip(), len(ids), ids[-1] not in set(eos_ids), tuple(ids))
         for text, ids in zip(texts, drawn, strict=True)
     ]
     return [responses[start : start + n] for start in range(0, len(responses), n)]

@@ -19,7 +19,7 @@ from dqo.errors import DQOError
 from dqo.files import read_jsonl
 from dqo.generation import Response
 from dqo.policy import CheckpointCard, load_for_inference, load_tokenizer
-from dqo.recipe import Encoder, Recipe, Score, parse
+from dqo.recipe import Encoder, Recipe, parse
 from dqo.shared_prompt import add_shared_prompt_forward
 
 K = 4
@@ -99,7 +99,9 @@ def test_figures_equal_brute_force(tiny_policy, tiny_encoder, reward):
     # The second order form: exp(b) - 1 of the same bonuses.
     (elliptical,) = [one for one in result.scores if one.name == "elliptical"]
     assert elliptical.bonus.std == pytest.approx(root_mean_variance([np.expm1(r) for r in bonuses]), rel=1e-4)
-    assert [one.name for one in result.scores] == list(get_args(Score))  # the recipe's own is the first of them
+    assert [one.name for one in result.scores] == [
+        "log_volume", "elliptical", "cosine_distance", "vendi", "distinct", "similarity", "likelihood", "entropy"
+    ]  # fmt: skip
     tokens = [count for row in result.responses for count in row["tokens"]]
     assert result.lengths.mean == pytest.approx(np.mean(tokens)) and result.lengths.longest == max(tokens)
     assert result.lengths.truncated == pytest.approx(
@@ -146,6 +148,42 @@ def test_the_seed_decides_what_is_sampled(tiny_policy, tiny_encoder, reward):
     assert first.scores[0].share == 0.0 and first.balanced_alpha is not None and first.problems == again.problems
     other = calibrate(recipe.model_copy(update={"seed": 1}), prompts=3)
     assert {row["id"] for row in other.responses} != {row["id"] for row in first.responses}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["shared prompts", "whole sequences"])
+def test_log_likelihoods_equal_those_of_one_sequence_at_a_time(tiny_policy, tiny_encoder, checkpointing):
+    recipe = tiny(tiny_policy, tiny_encoder)
+    policy = recipe.policy.model_copy(update={"gradient_checkpointing": checkpointing})
+    sampling = recipe.rl.sampling.model_copy(update={"temperature": 0.7})
+    recipe = recipe.model_copy(update={"policy": policy, "rl": recipe.rl.model_copy(update={"sampling": sampling})})
+    tokenizer, model = load_tokenizer(policy), load_for_inference(policy, torch.device("cpu"), None)
+    prompts = [[{"role": "user", "content": text}] for text in ("a dog", "one small boat in a storm")]
+    drawn = [[(index + 3 * at) % 500 + 5 for at in range(1 + index)] for index in range(2 * K)]
+    groups = [[Response("", len(ids), False, tuple(ids)) for ids in drawn[at : at + K]] for at in (0, K)]
+    expected = []
+    for index, ids in enumerate(drawn):
+        asked = tokenizer.apply_chat_template(prompts[index // K], add_generation_prompt=True, return_dict=True)
+        start = len(asked["input_ids"])
+        logits = model(input_ids=torch.tensor([asked["input_ids"] + ids])).logits[0, start - 1 : -1]
+        log_probs = (logits / 0.7).log_softmax(-1)
+        expected.append(sum(log_probs[at, token].item() for at, token in enumerate(ids)))
+    if not checkpointing:
+        add_shared_prompt_forward(model)
+    found = calibration._log_likelihood(model, tokenizer, prompts, groups, recipe)
+    np.testing.assert_allclose(found.tolist(), expected, rtol=1e-4)
+
+
+def test_a_multiplied_reward_has_the_share_as_its_bonus(tiny_policy, tiny_encoder, reward):
+    """What `similarity` takes from a reward r at alpha: alpha r (1 - s), s = 1 / (1 + sum of similarities)."""
+    recipe = tiny(tiny_policy, tiny_encoder, score="similarity", combine="multiply")
+    result = calibrate(recipe, prompts=3)
+    encoder = ResponseEncoder(Encoder(model=str(tiny_encoder)), "cpu")
+    for row in result.responses:
+        vectors = encoder(row["responses"]).vectors.double().numpy()
+        for i, quality in enumerate(row["qualities"]):
+            others = [j for j, q in enumerate(row["qualities"]) if q is not None and j != i]
+            share = 1 / (1 + sum(max(0.0, vectors[i] @ vectors[j]) for j in others))
+            assert row["bonuses"][i] == pytest.approx(0.0 if quality is None else quality * (share - 1), abs=1e-5)
 
 
 def test_the_recipes_score_comes_first_and_defences_leave_the_bonus_out(tiny_policy, tiny_encoder, reward):
