@@ -40,7 +40,7 @@ from dqo.evaluation.statistics import Interval, bootstrap_interval
 from dqo.files import read_jsonl
 from dqo.generation import Response, left_pad, sample_texts, shares_prompts
 from dqo.policy import CheckpointCard, default_device, end_of_turn_ids, load_for_inference, load_tokenizer, stop_ids
-from dqo.recipe import Recipe, Score
+from dqo.recipe import Method, Recipe
 from dqo.rewards import build, score
 from dqo.shared_prompt import add_shared_prompt_forward
 from dqo.tasks import get_task
@@ -315,7 +315,6 @@ def calibrate(
         texts = [one.text for group in drawn for one in group]
         with seconds("reward", count):
             values = score(reward, texts, [row for row in batch for _ in range(k)])
-        picked = [pick(text) for text in texts]
         with seconds("embedding", count):
             picked = [pick(text) for text in texts]
             embedded = encoder([text or "" for text in picked])
@@ -327,8 +326,6 @@ def calibrate(
         with seconds("forward", count):
             likelihoods.append(_log_likelihood(model, tokenizer, asked, drawn, recipe).view(-1, k).cpu())
         cut += embedded.cut_share * count
-        with seconds("forward", count):
-            likelihoods.append(_log_likelihood(model, tokenizer, asked, drawn, recipe, shared).cpu())
         groups += drawn
         qualities += [values[at : at + k] for at in range(0, count, k)]
 
@@ -363,6 +360,7 @@ def calibrate(
 
     tell("checking the encoder")
     tied_groups, tied_pairs = ties(rewards)
+    tokens = np.array([one.tokens for group in groups for one in group])
     per_response = {name: seconds.per_response(name) for name in ("sampling", "reward", "embedding", "forward")}
     rows_of_step = step * k
     result = Calibration(
@@ -382,9 +380,9 @@ def calibrate(
         tied_pairs=tied_pairs,
         scores=scores,
         lengths=Lengths(
-            mean=tokens.double().mean().item(),
-            median=float(np.median(tokens.numpy())),
-            p95=float(np.quantile(tokens.numpy(), 0.95)),
+            mean=float(tokens.mean()),
+            median=float(np.median(tokens)),
+            p95=float(np.quantile(tokens, 0.95)),
             longest=int(tokens.max()),
             limit=recipe.rl.sampling.max_new_tokens,
             truncated=truncated.double().mean().item(),
@@ -471,8 +469,6 @@ def _scores(
     names = list(get_args(Method.model_fields["score"].annotation))
     names.sort(key=lambda name: name != method.score)  # the recipe's first, the others as they are
     found, own = [], torch.empty(0)
-    earns = groups.mask
-    assert earns is not None
     for name in names:
         bonus = group_score(name, method.k, method.kernel_scale, method.distinct_threshold).bonus(group)
         if name == method.score and method.combine == "multiply":

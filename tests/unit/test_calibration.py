@@ -5,7 +5,6 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -114,31 +113,6 @@ def test_figures_equal_brute_force(tiny_policy, tiny_encoder, reward):
     document = json.loads(result.to_json())
     assert document["scores"][0]["balanced_alpha"] == result.balanced_alpha
     assert "responses" not in document and document["cost"]["step"] == result.cost.step
-
-
-@pytest.mark.parametrize("shared", [True, False])
-def test_likelihoods_are_those_of_one_plain_pass_a_response(tiny_policy, tiny_encoder, shared: bool):
-    """Against a forward pass without padding or shared prompts, at the recipe's temperature."""
-    recipe = tiny(tiny_policy, tiny_encoder)
-    recipe = parse(recipe.to_json().replace('"temperature":1.0', '"temperature":0.7'))
-    model, tokenizer = load_for_inference(recipe.policy, torch.device("cpu"), None), load_tokenizer(recipe.policy)
-    prompts = [[{"role": "user", "content": text}] for text in ("A dog ran", "The old mill by the river")]
-    draw = torch.Generator().manual_seed(0)
-    groups = [
-        [Response("", n, False, torch.randint(3, 500, (n,), generator=draw).tolist()) for n in (1, 4, 2, 7)]
-        for _ in prompts
-    ]
-    expected = []
-    for prompt, group in zip(prompts, groups, strict=True):
-        asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-        for one in group:
-            with torch.no_grad():
-                logits = model(input_ids=torch.tensor([asked + one.ids])).logits[0, len(asked) - 1 : -1] / 0.7
-            expected.append(logits.log_softmax(-1).gather(1, torch.tensor(one.ids)[:, None]).sum().item())
-    if shared:
-        add_shared_prompt_forward(model)
-    got = calibration._log_likelihood(model, tokenizer, prompts, groups, recipe, shared)
-    assert got.flatten().tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_seed_decides_what_is_sampled(tiny_policy, tiny_encoder, reward):
