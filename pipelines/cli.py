@@ -145,11 +145,12 @@ def _judge_audit(arguments: argparse.Namespace) -> int:
     if out is not None and not out.parent.is_dir():
         raise DQOError(f"--out {out}: the folder {out.parent} does not exist")
     from dqo.judges import build
-    from dqo.judges.audit import audit
     from dqo.judges.labelled import read_labelled
 
-    labelled = read_labelled(arguments.labelled)
-    result = audit(build(settings), labelled, settings.audit)
+    judge, labelled = build(settings), read_labelled(arguments.labelled)
+    from dqo.judges.audit import audit
+
+    result = audit(judge, labelled, settings.audit)
     if out is not None:
         try:
             result.write(out)

@@ -13,6 +13,9 @@ from dqo.tasks.base import Row
 
 Progress = Callable[[int, int], None]
 
+_BRACES = 100
+"""Braces that begin no object, after which an answer counts as unreadable: each of them costs a pass over the text."""
+
 
 def read_answer(text: str, prompt: Prompt) -> tuple[str | int, str] | None:
     """Read a judge's answer strictly.
@@ -31,17 +34,17 @@ def read_answer(text: str, prompt: Prompt) -> tuple[str | int, str] | None:
     decoder = json.JSONDecoder(object_pairs_hook=_each_once)
     rest = text.rpartition("</think>")[2]
     found: list[dict[str, Any]] = []
-    position = rest.find("{")
-    while position >= 0:
+    position, unreadable = rest.find("{"), 0
+    while position >= 0 and unreadable < _BRACES:
         try:
             value, end = decoder.raw_decode(rest, position)
         except (ValueError, RecursionError):
-            end = position + 1
+            end, unreadable = position + 1, unreadable + 1
         else:
             if prompt.field in value:
                 found.append(value)
         position = rest.find("{", end)
-    if len(found) != 1:
+    if len(found) != 1 or unreadable == _BRACES:
         return None
     result, reasons = found[0][prompt.field], found[0].get("reasons")
     # True == 1 in Python, and 4.0 == 4: the type has to be the choice's own.
