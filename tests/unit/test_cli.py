@@ -54,7 +54,7 @@ def recipe_file(folder: Path, text: str) -> Path:
 def test_help_lists_the_commands_and_version_is_the_packages():
     done = dqo("--help")
     assert (done.returncode, done.stderr) == (0, "")
-    assert all(f"\n    {command} " in done.stdout for command in ("run", "compile", "recipe", "ui", "doctor"))
+    assert all(f"\n    {command} " in done.stdout for command in ("run", "compile", "recipe", "judge", "ui", "doctor"))
     done = dqo("--version")
     assert (done.returncode, done.stderr) == (0, "")
     import dqo as library
