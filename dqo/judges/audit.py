@@ -134,7 +134,11 @@ def audit(judge: PairwiseJudge, labelled: LabelledSet, demands: JudgeAudit) -> A
         DQOError: As the judge raises it. A judge that is down is no error: the audit is then incomplete and fails.
     """
     asked = [one.pair for one in labelled.pairs]
-    rounds = [judge.compare(asked, repeat=repeat) for repeat in range(demands.repeats)]
+    rounds = [judge.compare(asked)]
+    for repeat in range(1, demands.repeats):
+        gone = next((one for one in rounds[-1] if "missing" in one.orders), None)
+        # Down or out of its budget: asking again would only wait for it again.
+        rounds.append(judge.compare(asked, repeat=repeat) if gone is None else [_unasked(gone)] * len(asked))
     found = measure(labelled.pairs, rounds)
     passed, reasons = decide(found, demands, len(labelled.pairs))
     return Audit(
@@ -156,6 +160,12 @@ def audit(judge: PairwiseJudge, labelled: LabelledSet, demands: JudgeAudit) -> A
         requests=judge.requests,
         version=__version__,
     )
+
+
+def _unasked(gone: Comparison) -> Comparison:
+    """A pair of a round that was not begun, for the reason that ended the round before."""
+    reason = gone.reasons[gone.orders.index("missing")]
+    return Comparison(("missing", "missing"), (reason, reason))
 
 
 def measure(pairs: Sequence[LabelledPair], rounds: Sequence[Sequence[Comparison]]) -> Measures:

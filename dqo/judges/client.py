@@ -237,7 +237,7 @@ class ChatClient:
             document = response.json()
             choice = document["choices"][0]
             text = choice["message"]["content"]
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             raise _Again(f"answered 200 without a chat completion: {self._shown(response)}") from None
         if text is not None and not isinstance(text, str):
             raise _Again(f"answered 200 with a content that is no text: {self._shown(response)}")
@@ -261,9 +261,9 @@ class ChatClient:
         said = f"{status}: {self._shown(response)}"
         if status in _AGAIN or (status >= 500 and status not in _REFUSED):
             pause = retry_after(response.headers.get("Retry-After"), time.time())
-            if pause is not None:
+            if pause is not None and pause <= _PATIENCE:
                 with self._lock:  # for all threads
-                    self._resume_at = max(self._resume_at, time.monotonic() + min(pause, _PATIENCE))
+                    self._resume_at = max(self._resume_at, time.monotonic() + pause)
             return _Again(said, pause)
         if status in _REFUSED:
             return _Refused(said)

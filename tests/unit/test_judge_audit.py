@@ -465,6 +465,7 @@ def test_the_command_fails_with_status_1_and_takes_a_recipe_and_a_set_of_ones_ow
 def test_the_command_reports_a_judge_that_is_down_as_a_failed_audit(tmp_path: Path):
     with serving(lambda *_: Reply(503, b"starting")) as server:
         done = dqo("judge", "audit", config(server, tmp_path, max_attempts=1))
+        assert server.count == 1
     assert (done.returncode, done.stderr) == (1, "")
     assert "incomplete: 240 answers are missing, 0 of 60 pairs" in done.stdout and "is down" in done.stdout
 

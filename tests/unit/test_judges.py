@@ -107,6 +107,7 @@ FAULTS = {
     "empty": Reply(),
     "half": Reply(body=completion("x").body[:-9]),
     "other JSON": Reply(body=b'{"result": "A"}'),
+    "deep JSON": Reply(body=b"[" * 100_000),
     "no choices": Reply(body=b'{"choices": []}'),
     "a list": Reply(body=b"[1, 2]"),
     "content of parts": Reply(body=b'{"choices": [{"message": {"content": [{"text": "A"}]}}]}'),
@@ -177,9 +178,11 @@ def test_the_pause_that_the_server_asks_for_is_kept_by_every_thread(tmp_path: Pa
 
 def test_a_pause_that_is_too_long_counts_as_down(tmp_path: Path):
     with serving(lambda *_: Reply(429, headers={"Retry-After": "86400"})) as server:
-        found = judge(server, tmp_path).compare(pairs(3))
-    assert [one.verdict for one in found] == ["missing"] * 3
-    assert server.count == 1
+        asking = judge(server, tmp_path)
+        assert [one.verdict for one in asking.compare(pairs(3))] == ["missing"] * 3
+        assert server.count == 1
+        asking.compare(pairs(3))  # a new call tries at once
+        assert server.count == 2
 
 
 def test_retry_after_is_a_number_or_a_date():
