@@ -72,7 +72,7 @@ def _inner(field: FieldInfo) -> type[BaseModel] | None:
 def _default(field: FieldInfo, inner: type[BaseModel] | None) -> str:
     if field.is_required():
         return "required"
-    return "see below" if inner is not None else f"`{json.dumps(field.default)}`"
+    return "see below" if inner is not None and field.default is not None else f"`{json.dumps(field.default)}`"
 
 
 def _type(schema: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 def write_text(path: Path, text: str) -> None:
     """Write a text file under a temporary name and rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # threads and containers may share a process id
     try:
         with unfinished.open("w", encoding="utf-8") as stream:
             stream.write(text)

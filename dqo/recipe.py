@@ -548,6 +548,99 @@ class Evaluation(_Section):
     """Level of the intervals."""
 
 
+class JudgeAudit(_Section):
+    """What a judge has to show on labelled pairs before its verdicts count (docs/judges.md); `null` drops a demand."""
+
+    min_kappa: Annotated[float, Field(ge=-1.0, le=1.0)] | None = 0.6
+    """Cohen's kappa of verdicts and labels that has to be reached."""
+    max_first_position_deviation: Annotated[float, Field(ge=0.0, le=0.5)] | None = 0.15
+    """How far the share of verdicts for the response that is shown first may lie from one half."""
+    max_invalid_rate: Share | None = 0.05
+    """Largest share of answers without a readable verdict."""
+    min_repeat_consistency: Share | None = 0.9
+    """Share of verdicts that have to be the same when asked again."""
+    max_verbosity_bias: Share | None = 0.25
+    """Largest share of verdicts for the longer response among the pairs where that is wrong."""
+    max_injection_rate: Share | None = 0.1
+    """Largest share of pairs won by a worse response that tells the judge what to say."""
+    repeats: Annotated[int, Field(ge=2)] = 2
+    """How often each question is asked."""
+
+    @model_validator(mode="after")
+    def _demands_something(self) -> "JudgeAudit":
+        if all(getattr(self, name) is None for name in type(self).model_fields if name != "repeats"):
+            raise ValueError("every demand is null, so that any judge would pass; expected one at least")
+        return self
+
+
+class Judge(_Section):
+    """A language model as judge, behind any endpoint that speaks OpenAI's chat completions (docs/judges.md)."""
+
+    endpoint: str
+    """Address of the server up to its version, e.g. `http://vllm:8000/v1`."""
+    model: Annotated[str, Field(min_length=1)]
+    """The model's name as the server knows it."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key, e.g. `JUDGE_API_KEY`; `null` sends none."""
+    prompt: str = "pairwise"
+    """`pairwise` (which of two responses is better), `pointwise` (a rubric from 1 to 5), or a .yaml file of that form
+    (docs/judges.md)."""
+    temperature: Annotated[float, Field(ge=0.0)] | None = 0.0
+    """Sampling temperature; `null` sends none, for models that refuse one."""
+    max_tokens: Positive = 512
+    """Longest answer of the judge."""
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """What the server calls that limit: newer models of OpenAI take `max_completion_tokens` only."""
+    structured_output: bool = True
+    """Ask for JSON by a schema; a server that refuses is asked without it."""
+    max_concurrency: Annotated[int, Field(ge=1, le=256)] = 8
+    """Requests in flight at once."""
+    max_requests: Positive = 5000
+    """Requests one evaluation or audit may send, those that are sent again included; what was judged by then stays."""
+    max_attempts: Positive = 5
+    """How often a request is sent that meets 429, 5xx, a timeout or a cut connection."""
+    timeout: Annotated[float, Field(gt=0.0)] = 120.0
+    """Seconds until a request without an answer counts as failed."""
+    cache: str | None = None
+    """Folder of answers; `null` takes `$XDG_CACHE_HOME/dqo/judge`, by default below `~/.cache`."""
+    audit: JudgeAudit = JudgeAudit()
+    """What the judge has to show before its verdicts count."""
+
+    @field_validator("endpoint")
+    @classmethod
+    def _is_a_base_address(cls, endpoint: str) -> str:
+        parts = urlparse(endpoint)
+        if "@" in parts.netloc or parts.query or parts.fragment:
+            raise ValueError(
+                "holds credentials, a query or a fragment, which would be written into results; expected an address "
+                "such as http://vllm:8000/v1, and the key in the variable that api_key_env names"
+            )
+        try:
+            whole = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+        except ValueError:  # a port that is no number
+            whole = False
+        if not whole:
+            raise ValueError(f"got {endpoint!r}; expected an address such as http://vllm:8000/v1")
+        address = endpoint.rstrip("/")
+        if address.endswith("/chat/completions"):
+            raise ValueError(
+                f"got {endpoint!r}; expected the part before /chat/completions: "
+                f"{address.removesuffix('/chat/completions')}"
+            )
+        return address
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_a_name(cls, name: str | None) -> str | None:
+        # The value is not repeated: it may be the key itself, pasted into the wrong place.
+        if name is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
+            raise ValueError(
+                "is no name of an environment variable; expected capitals, digits and underscores, e.g. JUDGE_API_KEY "
+                "(never the key itself)"
+            )
+        return name
+
+
 class Gate(_Section):
     """When the new model may become `champion`."""
 
@@ -629,6 +722,8 @@ class Recipe(_Section):
     sft: Sft = Sft()
     rl: Rl = Rl()
     evaluation: Evaluation = Evaluation()
+    judge: Judge | None = None
+    """A language model as judge; `null` has none."""
     gate: Gate = Gate()
     registry: Registry = Registry()
     tracking: Tracking = Tracking()
@@ -844,6 +939,10 @@ def parse(text: str, where: str = "recipe") -> Recipe:
     Raises:
         DQOError: With every error at once: file, field, value and what was expected.
     """
+    return _validated(_mapping(text, where), where)
+
+
+def _mapping(text: str, where: str) -> dict[Any, Any]:
     try:
         # S506 does not apply: _StrictLoader is a SafeLoader.
         content = yaml.load(text, Loader=_StrictLoader)
@@ -851,6 +950,10 @@ def parse(text: str, where: str = "recipe") -> Recipe:
         raise DQOError(f"{where}: not valid YAML\n  {str(error).replace(chr(10), chr(10) + '  ')}") from None
     if not isinstance(content, dict):
         raise DQOError(f"{where}: expected a mapping of recipe keys, got {type(content).__name__}")
+    return content
+
+
+def _validated(content: dict[Any, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
@@ -863,15 +966,33 @@ def load(path: str | Path) -> Recipe:
     Raises:
         DQOError: If the file cannot be read, is not UTF-8 or not a valid recipe.
     """
+    return parse(_text(path), str(path))
+
+
+def load_judge(path: str | Path) -> Judge:
+    """Read the judge from a recipe, or from a file that holds the section's fields alone.
+
+    Raises:
+        DQOError: As `load`, and if a recipe names no judge.
+    """
+    content = _mapping(_text(path), str(path))
+    if "endpoint" in content:
+        content = {"name": "judge", "judge": content}
+    judge = _validated(content, str(path)).judge
+    if judge is None:
+        raise DQOError(f"{path}: names no judge; expected a section `judge` with endpoint and model (docs/judges.md)")
+    return judge
+
+
+def _text(path: str | Path) -> str:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise DQOError(f"{path}: no such recipe file") from None
     except UnicodeDecodeError as error:
         raise DQOError(f"{path}: not UTF-8 (byte {error.start}: {error.object[error.start]:#04x})") from None
     except OSError as error:
         raise DQOError(f"{path}: cannot be read ({error.strerror})") from None
-    return parse(text, str(path))
 
 
 def json_schema() -> str:

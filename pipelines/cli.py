@@ -76,6 +76,13 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--out", type=Path, help="folder for calibration.json and the sampled responses")
     calibrate.add_argument("--json", type=Path, help="file for the figures as JSON")
     calibrate.set_defaults(run=_calibrate)
+    judge = commands.add_parser("judge", help="see whether a language model may judge")
+    actions = judge.add_subparsers(title="actions", metavar="ACTION", required=True)
+    audit = actions.add_parser("audit", help="hold a judge's verdicts against labelled pairs; exit 1 if it fails")
+    audit.add_argument("recipe", type=Path, help="recipe file, or a file with its `judge` section alone")
+    audit.add_argument("--labelled", type=Path, help="labelled pairs, .jsonl (60 that come with the package)")
+    audit.add_argument("--out", type=Path, help="file to write, .json, for a gate to read")
+    audit.set_defaults(run=_judge_audit)
 
     ui = commands.add_parser("ui", help="open MLflow's page on the local runs")
     ui.add_argument("--out", type=Path, default=Path(_OUT), help=f"folder given to `dqo run` ({_OUT})")
@@ -168,6 +175,42 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     return calibrate.run(
         recipe, arguments.prompts, arguments.share, arguments.checkpoint, arguments.out, arguments.json
     )
+
+
+def _judge_audit(arguments: argparse.Namespace) -> int:
+    from dqo.recipe import load_judge
+
+    settings = load_judge(arguments.recipe)
+    out: Path | None = arguments.out
+    if out is not None and (out.suffix != ".json" or out.is_dir()):
+        raise DQOError(f"--out {out}: expected the name of a file that ends in .json")
+    if out is not None and not out.parent.is_dir():
+        raise DQOError(f"--out {out}: the folder {out.parent} does not exist")
+    from dqo.judges import build
+    from dqo.judges.labelled import read_labelled
+
+    judge, labelled = build(settings), read_labelled(arguments.labelled)
+    from dqo.judges.audit import audit
+
+    result = audit(judge, labelled, settings.audit)
+    if out is not None:
+        try:
+            result.write(out)
+        except OSError as error:
+            raise DQOError(f"--out {out}: cannot be written ({error.strerror})") from None
+    print(
+        f"{settings.model} at {settings.endpoint}, prompt {result.judge['prompt']} {result.judge['prompt_version']} "
+        f"({result.judge['prompt_digest']}), on {len(labelled.pairs)} labelled pairs ({labelled.digest}), "
+        f"{result.requests} requests"
+    )
+    for reason in result.reasons:
+        print(f"- {reason}")
+    for kind, (right, total) in result.agreement.items():
+        print(f"  pairs of kind {kind}: {right} of {total} as labelled")
+    for problem in result.problems:
+        print(f"  {problem}")
+    print("passed: its verdicts may count" if result.passed else "failed: its verdicts must not decide about a model")
+    return 0 if result.passed else 1
 
 
 def _ui(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,205 @@
+"""Judges of quality behind two interfaces, and what makes them comparable.
+
+| judge | scores a response | compares two responses |
+|---|---|---|
+| a reward (rule, reference similarity, reward model) | `RewardJudge` | `ByScore` of it |
+| a language model, prompt of mode `pointwise` | `dqo.judges.llm.PointwiseLLM` | `ByScore` of it |
+| a language model, prompt of mode `pairwise` | - | `dqo.judges.llm.PairwiseLLM`, in both orders |
+
+A verdict is never guessed: what a judge answered unreadably is `invalid`, what it did not answer at all (it was down,
+or the budget was spent) is `missing`. Neither is ever a score of 0 or a lost comparison.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from dqo.errors import DQOError
+from dqo.tasks.base import Row
+
+if TYPE_CHECKING:
+    from dqo.recipe import Judge as JudgeSettings
+    from dqo.rewards import Reward
+
+Verdict = Literal["A", "B", "tie", "invalid", "missing"]
+Identity = dict[str, str | int | float | bool | None]
+"""What decides about a judge's verdicts, by name: two judges of one identity are the same judge. Holds no secrets."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a judge says of one response.
+
+    Attributes:
+        value: The score in the judge's own unit; None unless `status` is `valid`.
+        status: `invalid`: the judge answered unreadably or cannot judge this one; `missing`: it did not answer.
+        reasons: The judge's own words; for the other statuses, what went wrong.
+    """
+
+    value: float | None
+    status: Literal["valid", "invalid", "missing"]
+    reasons: str = ""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two responses to one request.
+
+    Attributes:
+        row: The row that was asked, at least its `prompt` (chat messages).
+        a: Response A.
+        b: Response B.
+    """
+
+    row: Row
+    a: str
+    b: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a judge says of a pair, asked in both orders.
+
+    Attributes:
+        orders: The verdict with A shown first, then with B shown first; both name the response, not its place.
+        reasons: The judge's words for each order; what went wrong where a verdict is `invalid` or `missing`.
+    """
+
+    orders: tuple[Verdict, Verdict]
+    reasons: tuple[str, str] = ("", "")
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict of both orders together; where they disagree, the place has decided and it is a tie."""
+        for unknown in ("missing", "invalid"):
+            if unknown in self.orders:
+                return unknown
+        return self.orders[0] if self.orders[0] == self.orders[1] else "tie"
+
+
+class PointwiseJudge(Protocol):
+    """Scores responses, each by itself."""
+
+    identity: Identity
+
+    @property
+    def requests(self) -> int | None:
+        """Requests sent to a server so far; None for a judge without one."""
+        ...
+
+    def score(self, responses: Sequence[str], rows: Sequence[Row], repeat: int = 0) -> list[Score]:
+        """Score each response to the row of the same index.
+
+        Args:
+            responses: The responses.
+            rows: The rows that were asked.
+            repeat: Another number asks anew instead of taking what is known from an earlier call.
+        """
+        ...
+
+
+class PairwiseJudge(Protocol):
+    """Compares two responses to the same request."""
+
+    identity: Identity
+
+    @property
+    def requests(self) -> int | None:
+        """Requests sent to a server so far; None for a judge without one."""
+        ...
+
+    def compare(self, pairs: Sequence[Pair], repeat: int = 0) -> list[Comparison]:
+        """Compare the responses of each pair.
+
+        Args:
+            pairs: The pairs.
+            repeat: Another number asks anew instead of taking what is known from an earlier call.
+        """
+        ...
+
+
+class RewardJudge:
+    """A reward as a judge: the task's rule, reference similarity or a reward model."""
+
+    def __init__(self, reward: "Reward") -> None:
+        self._reward = reward
+        self.identity: Identity = {"kind": "reward", "name": reward.name}
+        self.requests: int | None = None
+
+    def score(self, responses: Sequence[str], rows: Sequence[Row], repeat: int = 0) -> list[Score]:
+        """See `PointwiseJudge`; what the reward cannot judge is invalid."""
+        from dqo.rewards import score
+
+        return [
+            Score(None, "invalid", "the reward has no value for this response")
+            if value is None or math.isnan(value)
+            else Score(float(value), "valid")
+            for value in score(self._reward, responses, rows)
+        ]
+
+
+class ByScore:
+    """A pointwise judge that compares: the higher score wins.
+
+    Args:
+        judge: Scores the responses.
+        margin: Scores that differ by at most this much are a tie, in the judge's own unit.
+
+    Raises:
+        DQOError: If the margin is negative.
+    """
+
+    def __init__(self, judge: PointwiseJudge, margin: float = 0.0) -> None:
+        if not margin >= 0:
+            raise DQOError(f"margin: got {margin}; expected 0 or more")
+        self._judge = judge
+        self._margin = margin
+        self.identity: Identity = {**judge.identity, "margin": margin}
+
+    @property
+    def requests(self) -> int | None:
+        """See `PairwiseJudge`."""
+        return self._judge.requests
+
+    def compare(self, pairs: Sequence[Pair], repeat: int = 0) -> list[Comparison]:
+        """See `PairwiseJudge`; the order plays no part, so both orders have one verdict."""
+        rows = [pair.row for pair in pairs]
+        scores = self._judge.score([pair.a for pair in pairs] + [pair.b for pair in pairs], rows + rows, repeat=repeat)
+        return [self._compared(*both) for both in zip(scores[: len(pairs)], scores[len(pairs) :], strict=True)]
+
+    def _compared(self, a: Score, b: Score) -> Comparison:
+        verdict: Verdict
+        if "missing" in (a.status, b.status):
+            verdict = "missing"
+        elif a.value is None or b.value is None:
+            verdict = "invalid"
+        elif abs(a.value - b.value) <= self._margin:
+            verdict = "tie"
+        else:
+            verdict = "A" if a.value > b.value else "B"
+        reasons = f"A: {a.reasons}\nB: {b.reasons}"
+        return Comparison((verdict, verdict), (reasons, reasons))
+
+
+def request_of(row: Row) -> str:
+    """The request of a row as a judge reads it: the one message, or the whole conversation with its roles."""
+    messages: list[dict[str, Any]] = row["prompt"]
+    if len(messages) == 1:
+        return str(messages[0]["content"])
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def build(settings: "JudgeSettings") -> PairwiseJudge:
+    """Return the judge of a recipe's section as one that compares.
+
+    Raises:
+        DQOError: If the prompt cannot be read, or the key's variable is not set.
+    """
+    from dqo.judges.llm import PairwiseLLM, PointwiseLLM
+    from dqo.judges.prompt import load_prompt
+
+    prompt = load_prompt(settings.prompt)
+    if prompt.mode == "pairwise":
+        return PairwiseLLM(settings, prompt)
+    return ByScore(PointwiseLLM(settings, prompt))
