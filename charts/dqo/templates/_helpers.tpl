@@ -17,14 +17,23 @@ app.kubernetes.io/component: {{ . }}
 
 {{/* Labels of an object. Call: (dict "root" $ "component" "mlflow"), the component may be left out */}}
 {{- define "dqo.labels" -}}
-{{- range $key, $value := .root.Values.commonLabels }}
-{{ $key }}: {{ $value | quote }}
-{{- end }}
 helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" | trunc 63 }}
 {{ include "dqo.selectorLabels" . }}
 app.kubernetes.io/part-of: dqo-pipelines
 app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+{{- range $key, $value := .root.Values.commonLabels }}
+{{ $key }}: {{ $value | quote }}
+{{- end }}
+{{- end }}
+
+{{/* Labels of a pod: none that a new version of the chart changes, or every upgrade would restart it. */}}
+{{- define "dqo.podLabels" -}}
+{{ include "dqo.selectorLabels" . }}
+app.kubernetes.io/part-of: dqo-pipelines
+{{- range $key, $value := .root.Values.commonLabels }}
+{{ $key }}: {{ $value | quote }}
+{{- end }}
 {{- end }}
 
 {{/* Image reference; a digest wins over a tag. Call: (dict "root" $ "image" .Values.mlflow.image) */}}
@@ -35,7 +44,7 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 {{- end }}
 
 {{- define "dqo.pullSecrets" -}}
-{{- with .Values.imagePullSecrets }}
+{{- with .Values.imagePullSecrets -}}
 imagePullSecrets:
   {{- range . }}
   - name: {{ . }}
@@ -190,6 +199,11 @@ spec:
 - name: HF_HUB_OFFLINE
   value: "1"
 {{- end }}
+{{- end }}
+
+{{/* A file of the chart as the value of a ConfigMap's key. Call: (dict "root" $ "path" "files/...") */}}
+{{- define "dqo.file" -}}
+{{- .root.Files.Get .path | trim | nindent 4 | replace "\n    \n" "\n\n" | replace "\n    \n" "\n\n" -}}
 {{- end }}
 
 {{/* Pods that may call MLflow and the judge, as NetworkPolicyPeers. */}}
