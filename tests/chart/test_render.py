@@ -161,11 +161,11 @@ def test_a_pipeline_is_the_compiled_one_with_this_installation_in_it(recipe: str
     assert len(executors) == 5
     for executor in executors:
         assert executor["container"]["image"] == "dqo-trainer:0.1.0"
-        executor["container"]["image"] = "mirror/dqo-trainer:7"
+        executor["container"]["image"] = "mirror/dqo-trainer:next"
     uri = expected["root"]["inputDefinitions"]["parameters"]["mlflow_uri"]
     assert uri["defaultValue"] == ""
     uri["defaultValue"] = "http://dqo-mlflow.ml.svc:5000"
-    image = ("--set", "imageRegistry=mirror,trainer.image.tag=7")
+    image = ("--set", "imageRegistry=mirror,trainer.image.tag=next")
     versions = {v["spec"]["pipelineName"]: v["spec"] for v in render("full", *image).of("PipelineVersion")}
     assert versions[f"dqo-{recipe}"]["pipelineSpec"] == expected
     assert versions[f"dqo-{recipe}"]["description"] == expected["pipelineInfo"]["description"]
@@ -177,7 +177,7 @@ def test_a_changed_pipeline_is_a_new_version():
     def version(*arguments: str) -> str:
         return render("no-mlflow", *arguments).of("PipelineVersion")[0]["metadata"]["name"]
 
-    assert version("--set", "trainer.image.tag=9") != version()
+    assert version("--set", "trainer.image.tag=next") != version()
     assert version("--set", "kueue.queueName=q") == version()
 
 
@@ -245,13 +245,13 @@ rules:
 )
 
 
-@pytest.mark.parametrize("path", ["values.yaml", "Chart.yaml", *(f"ci/{name}-values.yaml" for name in SCENARIOS)])
+@pytest.mark.parametrize("path", ["values.yaml", *(f"ci/{name}-values.yaml" for name in SCENARIOS)])
 def test_values_are_tidy(path: str):
     assert list(linter.run((CHART / path).read_text(encoding="utf-8"), LINT)) == []
 
 
 def test_rendered_text_is_tidy():
     without_pipelines = ("--set", "pipelines.install=never")  # 2,000 lines that Helm's toYaml wrote
-    for scenario in SCENARIOS:
+    for scenario in ("minimal", "full"):
         text = render(scenario, *without_pipelines).text
         assert list(linter.run(text, LINT_RENDERED)) == [], scenario
