@@ -55,8 +55,7 @@ def test_help_lists_the_commands_and_version_is_the_packages():
     done = dqo("--help")
     assert (done.returncode, done.stderr) == (0, "")
     known = ("run", "compile", "recipe", "experiment", "calibrate", "judge", "ui", "doctor")
-    assert all(f"
-    {command} " in done.stdout for command in known)
+    assert all(f"\n    {command} " in done.stdout for command in known)
     done = dqo("--version")
     assert (done.returncode, done.stderr) == (0, "")
     import dqo as library

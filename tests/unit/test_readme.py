@@ -16,7 +16,7 @@ from pipelines.cli import _parser
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md"]
-DOCUMENTS += sorted(path for room in ("docs", "components", "dqo") for path in (ROOT / room).rglob("*.md"))
+DOCUMENTS += sorted(path for room in ("charts", "docs", "components", "dqo") for path in (ROOT / room).rglob("*.md"))
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 
 
