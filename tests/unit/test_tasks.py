@@ -46,7 +46,7 @@ def test_every_task_is_whole(name: str):
         assert task.public.columns
 
 
-@pytest.mark.parametrize("name", ["story", "reasoning"])
+@pytest.mark.parametrize("name", ["story", "reasoning", "summarization", "instruction"])
 def test_the_page_has_a_row_of_the_task_with_its_data_and_licences(name: str):
     task = get_task(name)
     (row,) = re.findall(rf"^\| `{name}` \|.*$", PAGE, re.MULTILINE)
