@@ -23,6 +23,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -154,30 +155,55 @@ def distinct_n(groups: Groups, n: int) -> PerPrompt:
     return np.array(values, dtype=np.float64)
 
 
-def _clipped_matches(group: list[list[str]], order: int) -> list[int]:
+def _clipped_matches(group: list[list[str]]) -> list[list[int]]:
     """N-grams of each response that another response holds, clipped at the largest count among those others.
 
-    Each response is counted once: the largest count among the others is the group's largest, or the runner-up for the
-    response that holds the largest itself (the two are equal on a tie).
+    Only what begins with a shared n-gram can be a longer shared one, so each order looks at what the last one left. An
+    n-gram that stands once in a response matches where any other response holds it; only repeated ones need counts.
+    N-grams are written as whole numbers in base `words of the group`, which are quick to compare.
+
+    Returns:
+        One list a member, of its matches of order 1 to 4.
     """
-    counts = [_ngram_counts(words, order) for words in group]
-    largest: dict[tuple[str, ...], int] = {}
-    runner_up: dict[tuple[str, ...], int] = {}
-    for response in counts:
-        for ngram, count in response.items():
-            if count > (top := largest.get(ngram, 0)):
-                largest[ngram], runner_up[ngram] = count, top
-            elif count > runner_up[ngram]:
-                runner_up[ngram] = count
-    return [
-        sum([count if count < largest[ngram] else runner_up[ngram] for ngram, count in response.items()])
-        for response in counts
-    ]
+    numbers: dict[str, int] = {}
+    words = [[numbers.setdefault(word, len(numbers)) for word in response] for response in group]
+    base = len(numbers)
+    ends = [list(range(1, len(response) + 1)) for response in words]  # where the next word of each n-gram stands
+    ngrams = words
+    matches: list[list[int]] = [[] for _ in group]
+    for order in range(1, _BLEU_ORDERS + 1):
+        different = [set(response) for response in ngrams]
+        holders = Counter(chain.from_iterable(different))
+        shared = {ngram for ngram, responses in holders.items() if responses > 1}
+        counts: list[Counter[int]] = []
+        for member, response in enumerate(ngrams):
+            common = different[member] & shared
+            matched = len(common)
+            if len(different[member]) < len(response):
+                counts = counts or [Counter(other) for other in ngrams]
+                for ngram in common:
+                    if (count := counts[member][ngram]) > 1:
+                        others = [other.get(ngram, 0) for other in counts[:member]]
+                        others += [other.get(ngram, 0) for other in counts[member + 1 :]]
+                        matched += min(count, max(others)) - 1
+            matches[member].append(matched)
+        if order < _BLEU_ORDERS:
+            longer = [
+                [
+                    (end + 1, ngram * base + response[end])
+                    for end, ngram in zip(places, found, strict=True)
+                    if ngram in shared and end < len(response)
+                ]
+                for response, places, found in zip(words, ends, ngrams, strict=True)
+            ]
+            ends = [[end for end, _ in found] for found in longer]
+            ngrams = [[ngram for _, ngram in found] for found in longer]
+    return matches
 
 
 def _bleu_against_others(group: list[list[str]]) -> list[float]:
     """BLEU-4 of each response with all others of its group as references; the group has two members or more."""
-    matches = [_clipped_matches(group, order) for order in range(1, _BLEU_ORDERS + 1)]
+    matches = _clipped_matches(group)
     lengths = [len(words) for words in group]
     scores = []
     for member, length in enumerate(lengths):
@@ -185,15 +211,17 @@ def _bleu_against_others(group: list[list[str]]) -> list[float]:
         if length == 0:
             scores.append(float(0 in others))
             continue
-        if matches[0][member] == 0:
+        if matches[member][0] == 0:
             scores.append(0.0)
             continue
-        closest = min(others, key=lambda other: (abs(other - length), other))
-        brevity = min(0.0, 1 - closest / length)
+        brevity = 0.0
+        if length not in others:
+            closest = min(others, key=lambda other: (abs(other - length), other))
+            brevity = min(0.0, 1 - closest / length)
         # A response shorter than four words has no 4-gram to match: weigh the orders it has, or a group of identical
         # short answers would look diverse.
         orders = min(_BLEU_ORDERS, length)
-        precisions = [(matches[i][member] or _BLEU_EPSILON) / (length - i) for i in range(orders)]
+        precisions = [(matches[member][i] or _BLEU_EPSILON) / (length - i) for i in range(orders)]
         scores.append(math.exp(brevity + math.fsum(map(math.log, precisions)) / orders))
     return scores
 

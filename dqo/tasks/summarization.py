@@ -180,10 +180,12 @@ def reward(response: str, row: Row) -> float:
 def prompt(row: Row) -> list[Message]:
     """Ask for a summary of the row's article: one sentence, or a few where a reference has several.
 
-    Of four wordings tried on SmolLM2-135M-Instruct (12 bundled texts, 8 samples each) this one had the highest mean
-    reward: 0.23; with the request before the text 0.19, "Say in one short sentence what this text is about." 0.16,
-    "Summarize this text briefly:" 0.11, mostly for its several sentences. On 12 other texts it reached 0.20, with a
-    standard deviation of 0.13 within a group and 6 % of the samples tied with another of their group.
+    Equal articles with a reference of each kind are two prompts.
+
+    Of four wordings tried on SmolLM2-135M-Instruct (12 bundled texts, 8 samples each, an earlier form of the reward)
+    this one had the highest mean, 0.23; the request before the text had 0.19, "Say in one short sentence what this text
+    is about." 0.16 and "Summarize this text briefly:" 0.11, for its several sentences. On 12 texts that the choice had
+    not seen, with today's reward: mean 0.18, standard deviation within a group 0.13, no ties.
     """
     size = "one sentence" if _most_sentences(row["references"]) == 1 else "a few sentences"
     return [{"role": "user", "content": f"{row['article'].strip()}\n\nSummarize this text in {size}."}]

@@ -18,6 +18,7 @@ from dqo.evaluation.evaluate_metrics import (
     SemanticClusters,
     VendiScore,
 )
+from dqo.evaluation.metrics import self_bleu_diversity
 from dqo.recipe import Encoder
 
 pytestmark = pytest.mark.benchmark
@@ -71,20 +72,23 @@ def test_all_metrics_of_a_thousand_prompts(capsys: pytest.CaptureFixture[str]) -
             assert alone[name] == pytest.approx(result[name], rel=1e-6)
 
     few = groups[:60]
-    start = time.perf_counter()
-    expected = nltk_loop(few)
-    naive = time.perf_counter() - start
-    start = time.perf_counter()
-    values = SelfBleu().compute(predictions=few, per_prompt=True)["self_bleu_diversity_per_prompt"]
-    ours = time.perf_counter() - start
+    naive, ours = [], []
+    for _ in range(3):
+        start = time.perf_counter()
+        expected = nltk_loop(few)
+        naive.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        values = self_bleu_diversity(few)
+        ours.append(time.perf_counter() - start)
     np.testing.assert_allclose(values, expected, rtol=0, atol=1e-9)
+    ratio = min(naive) / min(ours)
 
     with capsys.disabled():
         print(f"\n{PROMPTS} prompts x {N} responses of 20 to 30 words, {torch.get_num_threads()} threads")
         for name, value in seconds.items():
             print(f"{name:>18}: {value:6.2f} s")
         print(f"{'embed and all':>18}: {total:6.2f} s")
-        print(f"self-BLEU, {len(few)} prompts, equal to 1e-9: nltk loop {naive:.2f} s, ours {ours:.3f} s, "
-              f"ratio {naive / ours:.0f}x")  # fmt: skip
+        print(f"self-BLEU, {len(few)} prompts, equal to 1e-9: nltk loop {min(naive):.2f} s, ours {min(ours):.3f} s, "
+              f"ratio {ratio:.0f}x")  # fmt: skip
     assert total < 60
-    assert naive / ours > 10
+    assert ratio > 10
