@@ -27,9 +27,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="dqo",
-        description="Post-train language models that stay diverse (Diversity Quality Optimization).",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30),
+        prog="dqo", description="Post-train language models that stay diverse (Diversity Quality Optimization)."
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

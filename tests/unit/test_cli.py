@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -55,7 +56,7 @@ def test_help_lists_the_commands_and_version_is_the_packages():
     done = dqo("--help")
     assert (done.returncode, done.stderr) == (0, "")
     known = ("run", "compile", "recipe", "experiment", "calibrate", "judge", "ui", "doctor")
-    assert all(f"\n    {command} " in done.stdout for command in known)
+    assert all(re.search(rf"^    {command}\s", done.stdout, re.MULTILINE) for command in known)
     done = dqo("--version")
     assert (done.returncode, done.stderr) == (0, "")
     import dqo as library
