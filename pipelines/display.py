@@ -1,6 +1,8 @@
 """What the user sees while a pipeline runs: one line a stage, with step, figures and time left."""
 
 import json
+import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -189,6 +191,29 @@ class Display:
             for warning in state.warnings
         ]
         return Group(table, *warnings)
+
+
+def watch(console: Console, follower: Follower, process: subprocess.Popen[bytes]) -> None:
+    """Draw a process's stages until it ends.
+
+    Args:
+        console: Where to draw.
+        follower: Reads what the stages report.
+        process: Runs them; it ended well with status 0.
+
+    Raises:
+        KeyboardInterrupt: On Ctrl-C or SIGTERM; the process still runs then.
+    """
+    # Both explicitly: a shell starts background jobs with SIGINT ignored, and Python then leaves it so.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with Display(console, follower) as display:
+        while process.poll() is None:
+            display.refresh()
+            time.sleep(0.25)
+        display.refresh()
+        if process.returncode == 0:
+            follower.finish()
 
 
 def _figures(metrics: dict[str, float]) -> str:

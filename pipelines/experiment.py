@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import resource
-import signal
 import subprocess
 import sys
 import time
@@ -344,7 +343,7 @@ def _open_parent(experiment: Experiment, recipe: Recipe, out: Path) -> str:
 
 def _run_job(console: Console, cell: Cell, out: Path, parent: str, results: Results) -> str | None:
     """Run one job in a process of its own and keep its result; returns why it failed, else None."""
-    from pipelines.display import Display, Follower
+    from pipelines.display import Follower, watch
     from pipelines.local import stop, tracking_uri
 
     folder = (out / "jobs" / cell.key).resolve()
@@ -370,14 +369,8 @@ def _run_job(console: Console, cell: Cell, out: Path, parent: str, results: Resu
             stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
             env=os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with Display(console, follower) as display:
-            while process.poll() is None:
-                display.refresh()
-                time.sleep(0.25)
-            display.refresh()
+        watch(console, follower, process)
     except KeyboardInterrupt:
         stop(process)
         raise

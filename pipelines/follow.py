@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ from dqo.errors import DQOError
 from dqo.recipe import Recipe
 from dqo.shell import dqo_command, short
 from pipelines import local
-from pipelines.display import Display, Follower, summary
+from pipelines.display import Follower, summary, watch
 
 
 def run(recipe: Recipe, recipe_path: Path, out: Path, fresh: bool) -> int:
@@ -36,17 +35,8 @@ def run(recipe: Recipe, recipe_path: Path, out: Path, fresh: bool) -> int:
     progress = folder.workspace / "progress" / f"{recipe.name}-{recipe.digest}.jsonl"
     follower = Follower(recipe, progress, fresh)
     process = local.start(recipe, folder, fresh)
-    # Both explicitly: a shell starts background jobs with SIGINT ignored, and Python then leaves it so.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with Display(console, follower) as display:
-            while process.poll() is None:
-                display.refresh()
-                time.sleep(0.25)
-            display.refresh()
-            if process.returncode == 0:
-                follower.finish()
+        watch(console, follower, process)
     except KeyboardInterrupt:
         console.print("Stopping the running stage ...")
         local.stop(process)
