@@ -15,11 +15,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from dqo.evaluation.best_of import curve_intervals, expected_best
+from dqo.evaluation.best_of import curve_intervals, expected_best, pass_at_k
 from dqo.evaluation.figures import ModelResult, curve_figure, learning_curves_figure, plane_figure, sweep_figure
 from dqo.evaluation.metrics import METRICS
 from dqo.evaluation.statistics import OverSeeds, over_seeds
 from dqo.files import write_text
+from dqo.tasks import get_task
 from pipelines.experiment import Cell, Experiment, Part, Results
 
 _SHOWN = ("quality", "best_of_n", "log_volume", "distinct_4", "self_bleu_diversity", "duplicate_rate", "mean_tokens")
@@ -221,15 +222,18 @@ def _pictures(
         "learning",
         f"Quality and log-volume of the rollouts over training, {label}",
     )
-    keep(
-        curve_figure(
-            {line.title: curve_intervals(_best(line, results)) for line in [*starts, *lines]},
-            "n",
-            "Expected best quality of n responses",
-        ),
-        "best-of-n",
-        f"Expected best quality of n responses, {label}",
-    )
+    passing = get_task(lines[0].rows[0]["task"]).passing
+    curves = {line.title: curve_intervals(_curve(line, results, passing)) for line in [*starts, *lines]}
+    name, title = ("best-of-n", "Expected best quality of n responses")
+    if passing is not None:
+        name, title = ("pass-at-n", "Chance that one of n responses is right (pass@n)")
+        shown = sorted({1, 5, n} & set(range(1, n + 1)))
+        text += ["| model | " + " | ".join(f"pass@{k}" for k in shown) + " |", "|" + "---|" * (len(shown) + 1)]
+        for model, intervals in curves.items():
+            cells = [f"{one.mean:.3f} [{one.low:.3f}, {one.high:.3f}]" for one in (intervals[k - 1] for k in shown)]
+            text.append("| " + " | ".join([model, *cells]) + " |")
+        text.append("")
+    keep(curve_figure(curves, "n", title), name, f"{title}, {label}")
     return text
 
 
@@ -248,12 +252,15 @@ def _mean_history(line: Line) -> list[dict[str, float]]:
     ]
 
 
-def _best(line: Line, results: Results) -> NDArray[np.float64]:
-    """Expected best of 1..n responses for each prompt, the mean over the seeds, shape `(prompts, n)`."""
+def _curve(line: Line, results: Results, passing: float | None) -> NDArray[np.float64]:
+    """Expected best of 1..n responses for each prompt, or pass@n; the mean over the seeds, shape `(prompts, n)`."""
     curves = []
     for row in line.rows:
         qualities = [one["qualities"] for one in results.responses(row["key"]) if one["model"] == line.model]
-        curves.append(expected_best(qualities))
+        if passing is None:
+            curves.append(expected_best(qualities))
+        else:
+            curves.append(pass_at_k([[None if q is None else q > passing for q in group] for group in qualities]))
     return np.mean(curves, axis=0)
 
 

@@ -61,3 +61,6 @@ class Task:
     answer: Callable[[str], tuple[int, int] | None] | None = None
     """Where the answer stands in a response, as start and end; `None` when it holds none. A task without the function
     has responses that are all answer."""
+    passing: float | None = None
+    """A response is right where its reward is above this; `None` for a task whose responses are only better or worse.
+    """

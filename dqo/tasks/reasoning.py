@@ -251,4 +251,5 @@ REASONING = Task(
         convert=_from_gsm8k,
     ),
     answer=answer,
+    passing=FORM_SHARE,
 )

@@ -1,5 +1,6 @@
 """The page of an experiment's results against numpy, from rows with known values."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ def cell(part: str, run: str, seed: int, values: dict | None = None) -> Cell:
     return Cell(part, "story", run, values or {}, seed, parse(text.replace("]", "")))
 
 
-def row(one: Cell, shift: float) -> tuple[dict, list[dict]]:
+def row(one: Cell, shift: float, task: str = "story") -> tuple[dict, list[dict]]:
     draw = np.random.default_rng(one.seed)
     base = draw.uniform(0.2, 0.8, (PROMPTS, N))
     models, responses = {}, []
@@ -44,7 +45,15 @@ def row(one: Cell, shift: float) -> tuple[dict, list[dict]]:
         models[name] = {metric: (qualities.mean(1) + 0.01 * i).tolist() for i, metric in enumerate(METRICS)}
         responses += [{"model": name, "qualities": group} for group in qualities.tolist()]
     history = [{"step": step, "quality": shift + step / 10, "log_volume": 2.0 - step / 10} for step in (1, 2, 3)]
-    result = {"key": one.key, "seed": one.seed, "prompts": PROMPTS, "n": N, "models": models, "history": history}
+    result = {
+        "key": one.key,
+        "task": task,
+        "seed": one.seed,
+        "prompts": PROMPTS,
+        "n": N,
+        "models": models,
+        "history": history,
+    }
     return result | {"seconds": 60, "machine": "m", "memory_gib": 1.0, "library": "0.1.0+a"}, responses
 
 
@@ -108,3 +117,24 @@ def test_the_sweep_names_its_values_and_the_source_is_stated(page):
     text, _ = page
     assert [line[0] for line in lines_of(text, "| dqo (")] == ["dqo (alpha 0.0)", "dqo (alpha 2.0)"]
     assert "12 evaluation prompts and 4 responses each. 0.1 hours" in text and "0.1.0+a" in text
+
+
+def test_a_task_with_right_answers_gets_pass_at_n(tmp_path):
+    """Pass@k by counting the subsets of k responses that hold a right one."""
+    results = Results(tmp_path / "results", "grid")
+    cells = [cell("methods", "dqo", seed) for seed in range(2)]
+    finished = [row(one, -0.45, "reasoning") for one in cells]
+    for one in finished:
+        results.add(*one)
+    write_page(EXPERIMENT, cells, results, tmp_path / "page.md")
+    (found,) = (line for line in lines_of((tmp_path / "page.md").read_text(), "| dqo |") if len(line) == 3)
+    for k, got in zip((1, 4), found[1:], strict=True):
+        chances = [
+            np.mean([any(q > 0.1 for q in some) for some in itertools.combinations(one["qualities"], k)])
+            for _, responses in finished
+            for one in responses
+            if one["model"] == "dqo"
+        ]
+        assert 0 < np.mean(chances) < 1
+        assert got.startswith(f"{np.mean(chances):.3f} [")
+    assert (tmp_path / "page" / "methods-story-pass-at-n.png").is_file()
