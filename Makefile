@@ -30,10 +30,13 @@ demo: install  ## Run the main job: the whole DQO pipeline on a real 135M model 
 test: install  ## Run every check and test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m 'not benchmark' -n 2 --dist loadfile
+	$(BIN)/pytest -m 'not benchmark and not cluster' -n 2 --dist loadfile
 
 test-fast: install  ## Run the fast tests only
-	$(BIN)/pytest -m 'not benchmark and not slow' -q
+	$(BIN)/pytest -m 'not benchmark and not cluster and not slow' -q
+
+test-cluster: install  ## Install the chart on the cluster that KUBECONFIG names, in a namespace of its own
+	$(BIN)/pytest -m cluster -q tests/cluster
 
 bench: install  ## Measure speed and memory; prints ratios
 	$(BIN)/pytest -m benchmark -s -q
@@ -52,4 +55,4 @@ lock: install  ## Resolve the newest versions that pyproject.toml allows into co
 clean:  ## Remove the virtual environment and caches, keep runs/
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
-.PHONY: help install demo test test-fast bench docs lock clean
+.PHONY: help install demo test test-fast test-cluster bench docs lock clean

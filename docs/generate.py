@@ -29,7 +29,7 @@ from pipelines.pipeline import build, compile_recipe
 ROOT = Path(__file__).parents[1]
 COMPONENTS = ("prepare", "dqo_sft", "dqo_rl", "evaluate", "register")
 CHART = ROOT / "charts" / "dqo"
-CHART_RECIPES = ("quickstart", "gpu-7b")
+CHART_PIPELINES = ("quickstart", "gpu-7b")
 PICTURE = ROOT / "docs" / "images" / "quickstart-plane.png"
 
 _HEADER = """# The recipe
@@ -234,15 +234,15 @@ def chart_page() -> str:
 
 def chart_files() -> dict[Path, str]:
     """Return the generated files of the chart."""
-    recipes = {name: ROOT / "recipes" / f"{name}.yaml" for name in CHART_RECIPES}
+    for_editors = re.compile(r"(?m)^# yaml-language-server:.*\n")  # a path that holds in this repository only
+    recipes = sorted((ROOT / "recipes").glob("*.yaml"))
+    pipelines = {name: ROOT / "recipes" / f"{name}.yaml" for name in CHART_PIPELINES}
     return {
         CHART / "README.md": chart_page(),
-        **{CHART / "files" / "pipelines" / f"{name}.yaml": pipeline_manifest(path) for name, path in recipes.items()},
+        **{CHART / "files" / "pipelines" / f"{name}.yaml": pipeline_manifest(path) for name, path in pipelines.items()},
         **{
-            CHART / "files" / "recipes" / path.name: re.sub(
-                r"(?m)^# yaml-language-server:.*\n", "", path.read_text(encoding="utf-8")
-            )
-            for path in recipes.values()
+            CHART / "files" / "recipes" / path.name: for_editors.sub("", path.read_text(encoding="utf-8"))
+            for path in recipes
         },
     }
 

@@ -484,6 +484,9 @@ def test_mlflow_runs_as_asked_for():
     assert environment["PGPASSWORD"] == {"secretKeyRef": {"name": "postgresql-user", "key": "password"}}
     assert environment["MLFLOW_DISABLE_TELEMETRY"] == "true"
     assert environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
+    assert not any("uvicorn" in argument for argument in container["args"])
+    two = render("full").one("Deployment", "dqo-mlflow")["spec"]["template"]["spec"]["containers"][0]
+    assert "--workers=2" in two["args"] and "--uvicorn-opts=--timeout-worker-healthcheck=120" in two["args"]
     minimal = render("minimal").one("Deployment", "dqo-mlflow")["spec"]
     assert minimal["strategy"] == {"type": "Recreate"}
     assert "--artifacts-destination=/data/artifacts" in minimal["template"]["spec"]["containers"][0]["args"]

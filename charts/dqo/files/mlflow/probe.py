@@ -66,7 +66,7 @@ def experiment() -> str:
 def main() -> None:
     """Check health, the database, the artifact store and, where there are users, that a stranger is refused."""
     wait()
-    print("probe: /health answers; MLflow", call("GET", "/version", signed=False).decode(), flush=True)
+    print("probe: /health answers; MLflow", call("GET", "/version").decode(), flush=True)
     if os.environ.get("MLFLOW_TRACKING_USERNAME"):
         try:
             call("POST", "/api/2.0/mlflow/experiments/search", b'{"max_results": 1}', signed=False)
