@@ -984,6 +984,15 @@ def load_judge(path: str | Path) -> Judge:
     return judge
 
 
+def document(path: str | Path) -> dict[Any, Any]:
+    """Read a YAML file as recipes are read: a key written twice is refused, 2e-4 is a number.
+
+    Raises:
+        DQOError: If the file cannot be read, is not UTF-8, not valid YAML or no mapping.
+    """
+    return _mapping(_text(path), str(path))
+
+
 def _text(path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")

@@ -21,7 +21,7 @@ from dqo.evaluation.metrics import METRICS
 from dqo.evaluation.statistics import OverSeeds, over_seeds
 from dqo.files import write_text
 from dqo.tasks import get_task
-from pipelines.experiment import Cell, Experiment, Part, Results
+from pipelines.grid import Cell, Experiment, Part, Results
 
 _SHOWN = ("quality", "best_of_n", "log_volume", "distinct_4", "self_bleu_diversity", "duplicate_rate", "mean_tokens")
 _DECIDING = ("quality", "best_of_n", "log_volume", "distinct_4", "self_bleu_diversity")
@@ -63,7 +63,7 @@ def write_page(experiment: Experiment, cells: Sequence[Cell], results: Results, 
 
     Args:
         experiment: What the file says.
-        cells: See `pipelines.experiment.expand`.
+        cells: See `pipelines.grid.expand`.
         results: What is finished so far; what is missing is said on the page.
         path: The page, Markdown.
     """

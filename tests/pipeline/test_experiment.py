@@ -12,7 +12,7 @@ from pipeline.test_pipeline import ROOT, environment, write_recipe
 
 from dqo.errors import DQOError
 from dqo.evaluation.metrics import METRICS
-from pipelines.experiment import Results, expand, read
+from pipelines.grid import Results, expand, read
 
 PARTS = [
     {"name": "methods", "title": "Methods", "seeds": [0, 1], "against": "reward-only",

@@ -8,7 +8,7 @@ import pytest
 
 from dqo.evaluation.metrics import METRICS
 from dqo.recipe import parse
-from pipelines.experiment import Cell, Experiment, Results
+from pipelines.grid import Cell, Experiment, Results
 from pipelines.results import write_page
 
 PROMPTS, N = 12, 4

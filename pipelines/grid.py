@@ -1,0 +1,211 @@
+"""What an experiment file says, the runs that follow from it, and where their results are kept."""
+
+import gzip
+import hashlib
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dqo.errors import DQOError
+from dqo.files import read_jsonl, write_jsonl
+from dqo.recipe import Recipe, document, load, parse
+
+_NAME = r"^[a-z0-9]([a-z0-9.-]{0,46}[a-z0-9])?$"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Part(_Section):
+    """A question that some of the runs answer together: one table and one picture of the page.
+
+    Attributes:
+        name: Name in the page's anchors and files.
+        title: Heading.
+        text: What is asked, a paragraph of Markdown.
+        recipes: Which of the experiment's recipes; all by default.
+        runs: Name -> fields of the recipe to set, e.g. `{reward-only: {method.alpha: 0}}`.
+        grid: Field of the recipe -> values; every combination is run, for each of `runs`.
+        seeds: Every run is repeated with each of them.
+        against: The run of this part that the others are compared with.
+    """
+
+    name: Annotated[str, Field(pattern=_NAME)]
+    title: str
+    text: str = ""
+    recipes: list[str] | None = None
+    runs: Annotated[dict[str, dict[str, Any]], Field(min_length=1)] = {"dqo": {}}
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
+    against: str | None = None
+
+
+class Experiment(_Section):
+    """What an experiment file says.
+
+    Attributes:
+        name: Name of the MLflow run above all others, and of the results file.
+        title: Heading of the page.
+        text: What stands above the parts, Markdown.
+        recipes: Label -> recipe file, relative to the experiment file.
+        set: Fields of the recipe to set in every run.
+        parts: See `Part`.
+    """
+
+    name: Annotated[str, Field(pattern=_NAME)]
+    title: str
+    text: str = ""
+    recipes: Annotated[dict[str, str], Field(min_length=1)]
+    set: dict[str, Any] = {}
+    parts: Annotated[list[Part], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place in a part: a recipe under a run's name, grid values and seed.
+
+    Attributes:
+        part: Name of the part.
+        label: Which of the experiment's recipes.
+        run: Name of the run.
+        values: The grid's fields with their values.
+        seed: The recipe's seed.
+        recipe: The recipe with everything set; equal recipes of several cells are one job.
+    """
+
+    part: str
+    label: str
+    run: str
+    values: dict[str, Any]
+    seed: int
+    recipe: Recipe
+
+    @property
+    def key(self) -> str:
+        """Names the job: 12 hex digits of what its recipe says beyond the defaults.
+
+        A later version's new fields do not change it, so results outlive them; a row says which version made it.
+        """
+        text = json.dumps(self.recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def title(self) -> str:
+        """What a person calls it."""
+        values = [f"{field.rpartition('.')[2]} {value}" for field, value in self.values.items()]
+        return " · ".join([self.label, self.run, *values, f"seed {self.seed}"])
+
+
+def read(path: Path) -> Experiment:
+    """Read an experiment file.
+
+    Raises:
+        DQOError: If it cannot be read or is not valid: file, field, value and what was expected.
+    """
+    try:
+        return Experiment.model_validate(document(path))
+    except ValidationError as error:
+        lines = [
+            f"  {'.'.join(map(str, one['loc'])) or 'the file'}: got {one.get('input')!r}; {one['msg']}"
+            for one in error.errors()
+        ]
+        raise DQOError("\n".join([f"{path}: not a valid experiment", *lines])) from None
+
+
+def expand(experiment: Experiment, path: Path) -> list[Cell]:
+    """List every cell, the first seed of each part first.
+
+    Args:
+        experiment: What the file says.
+        path: The file, for its recipes' folder and for messages.
+
+    Raises:
+        DQOError: If a recipe does not exist, or a combination of settings is not a valid recipe: the message names the
+            part, the run and the field.
+    """
+    bases = {label: load(path.parent / name) for label, name in experiment.recipes.items()}
+    names = [part.name for part in experiment.parts]
+    if doubled := {name for name in names if names.count(name) > 1}:
+        raise DQOError(f"{path}: parts: got {sorted(doubled)[0]!r} twice; expected each name once")
+    cells = []
+    for part in experiment.parts:
+        for label in part.recipes or bases:
+            if label not in bases:
+                raise DQOError(f"{path}: parts.{part.name}.recipes: got {label!r}; expected one of: {', '.join(bases)}")
+        if part.against is not None and part.against not in part.runs:
+            raise DQOError(
+                f"{path}: parts.{part.name}.against: got {part.against!r}; expected one of: {', '.join(part.runs)}"
+            )
+        for seed, label, (run, settings), *values in itertools.product(
+            part.seeds, part.recipes or bases, part.runs.items(), *part.grid.values()
+        ):
+            grid = dict(zip(part.grid, values, strict=True))
+            where = f"{path}: part {part.name!r}, run {run!r}"
+            recipe = _with(bases[label], experiment.set | settings | grid | {"seed": seed}, where)
+            cells.append(Cell(part.name, label, run, grid, seed, recipe))
+    return cells
+
+
+def _with(recipe: Recipe, settings: dict[str, Any], where: str) -> Recipe:
+    """A recipe with fields set by their dotted names, for one model beside the base and SFT models."""
+    document = recipe.model_dump(mode="json")
+    for name, value in (settings | {"method.baselines": [], "gate.against": "sft"}).items():
+        *sections, field = name.split(".")
+        target = document
+        for section in sections:
+            target = target.get(section) if isinstance(target, dict) else None  # type: ignore[assignment]
+        if not isinstance(target, dict) or field not in target:
+            raise DQOError(f"{where}: {name!r} is no field of a recipe; see docs/recipe.md")
+        target[field] = value
+    return parse(json.dumps(document), where)
+
+
+@dataclass(frozen=True)
+class Results:
+    """The results of an experiment: one row a finished job, and its responses beside it.
+
+    Attributes:
+        folder: Holds `<name>.jsonl` and `responses/<key>.jsonl.gz`.
+        name: The experiment's.
+    """
+
+    folder: Path
+    name: str
+
+    @property
+    def path(self) -> Path:
+        """The rows."""
+        return self.folder / f"{self.name}.jsonl"
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """Finished jobs by their key.
+
+        Raises:
+            DQOError: If the file is damaged.
+        """
+        if not self.path.is_file():
+            return {}
+        try:
+            return {row["key"]: row for row in read_jsonl(self.path)}
+        except (ValueError, KeyError, TypeError) as error:
+            raise DQOError(f"{self.path}: not a results file ({error}); restore it or name another folder") from None
+
+    def add(self, row: dict[str, Any], responses: list[dict[str, Any]]) -> None:
+        """Keep a finished job; its responses first, so that a row is never without them."""
+        packed = self.folder / "responses" / f"{row['key']}.jsonl.gz"
+        packed.parent.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in responses)
+        unfinished = packed.with_name(f".{packed.name}")
+        unfinished.write_bytes(gzip.compress(text.encode(), mtime=0))
+        unfinished.replace(packed)
+        write_jsonl(self.path, [*(self.rows() | {row["key"]: row}).values()])
+
+    def responses(self, key: str) -> list[dict[str, Any]]:
+        """Responses of a job: rows as in `responses.jsonl` of the stage `evaluate`."""
+        text = gzip.decompress((self.folder / "responses" / f"{key}.jsonl.gz").read_bytes()).decode()
+        return [json.loads(line) for line in text.splitlines()]
