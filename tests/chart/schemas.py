@@ -25,11 +25,10 @@ def _closed(required: list[str], **properties: Any) -> dict[str, Any]:
 # the chart sets, and no others, since an unknown field is a mistake here.
 _SECRET_KEY = _closed(["name", "key"], name=_NAME, key=_TEXT)
 _SPECS = {
-    ("pipelines.kubeflow.org/v2beta1", "Pipeline"): _closed([], displayName=_TEXT, description=_TEXT),
+    ("pipelines.kubeflow.org/v2beta1", "Pipeline"): _closed([], description=_TEXT),
     ("pipelines.kubeflow.org/v2beta1", "PipelineVersion"): _closed(
         ["pipelineName", "pipelineSpec"],
         pipelineName=_NAME,
-        displayName=_TEXT,
         description=_TEXT,
         pipelineSpec={"type": "object"},
         platformSpec={"type": "object"},

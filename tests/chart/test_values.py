@@ -164,9 +164,16 @@ def test_notes_say_what_to_do_next_and_what_will_be_lost():
     text = notes()
     assert "kubectl -n ml port-forward service/dqo-mlflow 5000:5000" in text
     assert "helm test -n ml dqo" in text
-    assert "WARNING: runs, models and the registry are in the pod and go with it" in text
+    assert "WARNING: runs and the registry, models and reports are in the pod and go with it" in text
     assert "WARNING: MLflow asks for no password" in text
     assert "no NetworkPolicy limits" not in text
+
+
+def test_notes_warn_of_what_is_lost_and_of_nothing_else():
+    text = notes(*flags(EXTERNAL), "--set", "networkPolicy.enabled=false")
+    assert "WARNING: models and reports are in the pod" in text
+    assert "no NetworkPolicy limits that" in text
+    assert "are in the pod" not in notes("--set", "mlflow.persistence.enabled=true")
 
 
 def test_notes_of_a_production_installation_warn_of_nothing():
