@@ -8,7 +8,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import yaml
-from pipeline.test_pipeline import ROOT, environment, write_recipe
+from pipeline.tiny_runs import ROOT, environment, write_recipe
 
 from dqo.errors import DQOError
 from dqo.evaluation.metrics import METRICS
