@@ -36,3 +36,12 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import write_encoder
 
     return write_encoder(tmp_path_factory.mktemp("models") / "encoder")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def environment_of_its_own() -> Iterator[None]:
+    """Libraries leave variables behind, accelerate its settings, which the child processes of a later module read."""
+    saved = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(saved)

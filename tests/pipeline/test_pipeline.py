@@ -77,7 +77,8 @@ def test_evaluation_holds_every_model_and_prompt(finished):
 
 def test_mlflow_holds_the_lineage(finished):
     out, recipe, _ = finished
-    client, runs = mlflow.MlflowClient(f"sqlite:///{out}/mlflow.db"), runs_of(out)
+    store = f"sqlite:///{out}/mlflow.db"
+    client, runs = mlflow.MlflowClient(store, store), runs_of(out)
     parent = runs.pop("tiny")
     assert parent.info.status == "FINISHED"
     note = parent.data.tags["mlflow.note.content"]
