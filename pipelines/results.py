@@ -110,7 +110,8 @@ def _section(
         text += [f"Not finished: {', '.join([*unfinished, *sorted(absent)])}.", ""]
     if part.against is not None:
         text += _differences(part, lines)
-    text += _pictures(part, label, starts, lines, results, pictures)
+    if len(lines) > 1:  # one alone is compared with nothing
+        text += _pictures(part, label, starts, lines, results, pictures)
     return text
 
 

@@ -124,8 +124,10 @@ def test_a_task_with_right_answers_gets_pass_at_n(tmp_path):
     results = Results(tmp_path / "results", "grid")
     cells = [cell("methods", "dqo", seed) for seed in range(2)]
     finished = [row(one, -0.45, "reasoning") for one in cells]
-    for one in finished:
+    beside = cell("methods", "reward-only", 0)
+    for one in [*finished, row(beside, -0.5, "reasoning")]:
         results.add(*one)
+    cells.append(beside)
     write_page(EXPERIMENT, cells, results, tmp_path / "page.md")
     (found,) = (line for line in lines_of((tmp_path / "page.md").read_text(), "| dqo |") if len(line) == 3)
     for k, got in zip((1, 4), found[1:], strict=True):
