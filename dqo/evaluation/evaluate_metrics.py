@@ -12,6 +12,7 @@ bundled all-MiniLM-L6-v2. What `add` and `add_batch` collect stays in memory unl
 files, so a read-only home is no obstacle.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -49,7 +50,7 @@ Further args:
 """
 
 
-class GroupMetric(evaluate.Metric):
+class GroupMetric(evaluate.Metric, ABC):
     """What all metrics of groups of responses share.
 
     Args:
@@ -140,12 +141,12 @@ class GroupMetric(evaluate.Metric):
                 result[f"{name}_per_prompt"] = values.tolist()
         return result
 
+    @abstractmethod
     def values(self, groups: Groups | None, embeddings: Any = None) -> dict[str, PerPrompt]:
         """Value of each prompt by name, shape `(prompts,)`; the metrics of words leave `embeddings` unread.
 
         They take them all the same, so that `evaluate.combine` can hand every metric the same inputs.
         """
-        raise NotImplementedError
 
 
 class DistinctN(GroupMetric):
@@ -261,9 +262,9 @@ class EmbeddingMetric(GroupMetric):
                 columns.setdefault(name, np.full(len(vectors), np.nan))[where] = values
         return columns or {name: np.full(len(vectors), np.nan) for name in self.reports}
 
+    @abstractmethod
     def measure(self, embeddings: Tensor) -> dict[str, PerPrompt]:
         """Value of each prompt by name from unit-norm embeddings `(prompts, n, d)`."""
-        raise NotImplementedError
 
     def _embed(self, groups: Groups) -> list[Tensor]:
         texts = [text for group in groups for text in group]
