@@ -27,9 +27,11 @@ from dqo.recipe import Recipe, json_schema, load
 from pipelines.pipeline import build, compile_recipe
 
 ROOT = Path(__file__).parents[1]
-COMPONENTS = ("prepare", "dqo_sft", "dqo_rl", "evaluate", "register")
+COMPONENTS = ("preflight", "prepare", "dqo_sft", "dqo_rl", "evaluate", "register", "finish")
 CHART = ROOT / "charts" / "dqo"
 CHART_PIPELINES = ("quickstart", "gpu-7b")
+GOLDEN = ROOT / "tests" / "pipeline" / "golden"
+PROFILES = sorted((ROOT / "tests" / "pipeline" / "profiles").glob("*.yaml"))
 PICTURE = ROOT / "docs" / "images" / "quickstart-plane.png"
 
 _HEADER = """# The recipe
@@ -127,7 +129,8 @@ def component_page(name: str) -> str:
     described = {item.arg_name: " ".join((item.description or "").split()) for item in doc.params}
     purpose = (module.__doc__ or "").partition(": ")[2].strip()
     spec = component.component_spec
-    call = [f"task = {name}(", *(f"    {key}={_ARGUMENTS[key]}," for key in spec.inputs), ")"]
+    given = [key for key, port in spec.inputs.items() if port.type != "PipelineTaskFinalStatus"]
+    call = [f"task = {name}(", *(f"    {key}={_ARGUMENTS[key]}," for key in given), ")"]
     return "\n".join(
         [
             f"# {name}",
@@ -139,7 +142,7 @@ def component_page(name: str) -> str:
             (doc.description or "").strip(),
             "",
             *_ports("Inputs", spec.inputs, described),
-            *_ports("Outputs", spec.outputs, described),
+            *_ports("Outputs", spec.outputs or {}, described),
             "## Example",
             "",
             f"Inside a `@dsl.pipeline`, with `from components.{name}.component import {name}`; the whole pipeline is",
@@ -154,6 +157,8 @@ def component_page(name: str) -> str:
 
 
 def _ports(title: str, ports: dict[str, Any], described: dict[str, str]) -> list[str]:
+    if not ports:
+        return []
     lines = [f"## {title}", "", "| name | type | meaning |", "|---|---|---|"]
     for name, port in ports.items():
         kind = port.type.removeprefix("system.").partition("@")[0]
@@ -253,9 +258,7 @@ def generated() -> dict[Path, str]:
         ROOT / "docs" / "recipe.md": recipe_reference(),
         ROOT / "docs" / "recipe.schema.json": json_schema(),
         **{ROOT / "components" / name / "README.md": component_page(name) for name in COMPONENTS},
-        ROOT / "tests" / "pipeline" / "golden" / "quickstart.yaml": golden_pipeline(
-            ROOT / "recipes" / "quickstart.yaml"
-        ),
+        **{GOLDEN / path.name: golden_pipeline(path) for path in [ROOT / "recipes" / "quickstart.yaml", *PROFILES]},
         **chart_files(),
     }
 
