@@ -7,6 +7,7 @@ Run by `make docs`. A picture of a run is copied with `python docs/generate.py -
 
 import argparse
 import importlib
+import inspect
 import json
 import re
 import shutil
@@ -54,7 +55,7 @@ def recipe_reference() -> str:
 def _section(title: str, prefix: str, section: type[BaseModel], schema: dict[str, Any]) -> list[str]:
     """Lines of one section and, after it, of the sections it holds."""
     properties = (schema if section is Recipe else schema["$defs"][section.__name__])["properties"]
-    lines = [f"## {title}", "", (section.__doc__ or "").strip(), ""]
+    lines = [f"## {title}", "", inspect.cleandoc(section.__doc__ or ""), ""]
     lines += ["| field | type | default | meaning |", "|---|---|---|---|"]
     nested = []
     for name, field in section.model_fields.items():
@@ -64,7 +65,7 @@ def _section(title: str, prefix: str, section: type[BaseModel], schema: dict[str
         if inner is not None:
             nested.append((f"`{path}`", f"{path}.", inner))
             meaning = meaning or (inner.__doc__ or "").strip()
-        cells = (f"`{name}`", _type(properties[name]), _default(field, inner), meaning)
+        cells = (f"`{name}`", _type(properties[name]), _default(field), meaning)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     lines.append("")
     for child in nested:
@@ -78,10 +79,10 @@ def _inner(field: FieldInfo) -> type[BaseModel] | None:
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
 
-def _default(field: FieldInfo, inner: type[BaseModel] | None) -> str:
+def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
-    return "see below" if inner is not None and field.default is not None else f"`{json.dumps(field.default)}`"
+    return "see below" if isinstance(field.default, BaseModel) else f"`{json.dumps(field.default)}`"
 
 
 def _type(schema: dict[str, Any]) -> str:

@@ -769,8 +769,8 @@ class Retries(_Section):
     """Pause before the first of them."""
     backoff_factor: Annotated[float, Field(ge=1.0)] = 2.0
     """The pause grows by this factor each time."""
-    backoff_limit_seconds: Positive = 3600
-    """Longest time that may pass over all attempts."""
+    within_hours: Hours = 336
+    """No attempt is begun later than this after the start of the first one, however long that one trained."""
 
 
 _GPU = "nvidia.com/gpu"

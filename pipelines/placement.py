@@ -92,7 +92,9 @@ def _everywhere(task: dsl.PipelineTask, recipe: Recipe, step: Step | None) -> ds
             num_retries=retries.count,
             backoff_duration=f"{retries.backoff_seconds}s",
             backoff_factor=retries.backoff_factor,
-            backoff_max_duration=f"{retries.backoff_limit_seconds}s",
+            # Argo counts from the start of the first attempt: Kubeflow's default of an hour would allow no further
+            # attempt of a training that fails after two.
+            backoff_max_duration=f"{round(retries.within_hours * 3600)}s",
         )
     return task
 
