@@ -66,7 +66,7 @@ def run(
     recipe = context.recipe
     checks: list[tuple[str, Callable[[], str]]] = [
         ("Secrets", lambda: _secrets(recipe)),
-        ("Workspace", lambda: _workspace(context.workspace, recipe.resources)),
+        ("Workspace", lambda: _workspace(context.workspace)),
         ("MLflow", lambda: _tracking(context)),
         ("Data", lambda: _data(recipe)),
     ]
@@ -167,7 +167,7 @@ def _secrets(recipe: Recipe) -> str:
     return f"set: {', '.join(names)}" if names else "none asked for"
 
 
-def _workspace(folder: Path, resources: Resources) -> str:
+def _workspace(folder: Path) -> str:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as stream:
@@ -180,8 +180,14 @@ def _workspace(folder: Path, resources: Resources) -> str:
             f"{folder}: cannot be written by user {os.getuid()}, group {os.getgid()} ({error.strerror}); give the "
             "volume to them, or mount another one (resources.workspace_claim)"
         ) from None
-    kept = "" if resources.workspace_claim else "; resources.workspace_claim is not set, so nothing is kept or resumed"
+    kept = "" if on_a_volume(folder) else "; no volume is mounted there (resources.workspace_claim): nothing is resumed"
     return f"{folder} can be written, {stat.f_bavail * stat.f_frsize / 2**30:.1f} GiB free{kept}"
+
+
+def on_a_volume(folder: Path) -> bool:
+    """Whether a folder lies below a mount other than the container's root."""
+    folder = folder.resolve()
+    return any(os.path.ismount(place) for place in (folder, *folder.parents) if place != place.parent)
 
 
 def _tracking(context: Context) -> str:

@@ -234,7 +234,7 @@ def test_the_local_run_has_the_five_steps_and_nothing_for_kubernetes(tmp_path: P
     (spec,) = yaml.safe_load_all((tmp_path / "local.yaml").read_text())
     assert set(spec["deploymentSpec"]["executors"]) == (LIGHT | HEAVY) - {"exec-preflight", "exec-finish"}
     assert all("resources" not in e["container"] for e in spec["deploymentSpec"]["executors"].values())
-    assert set(spec["root"]["dag"]["tasks"]) == {"prepare", "dqo-sft", "for-loop-1", "evaluate", "register"}
+    assert set(spec["root"]["dag"]["tasks"]) == {"prepare", "dqo-sft", "for-loop-2", "evaluate", "register"}
 
 
 @pytest.mark.slow

@@ -69,7 +69,6 @@ def test_everything_is_there(tiny_policy, tiny_encoder, tmp_path, store, monkeyp
     assert [check.name for check in found] == names
     report = (tmp_path / "report.md").read_text()
     assert [line.split(" | ")[0].strip("| ") for line in report.splitlines()[2:]] == names
-    assert "resources.workspace_claim is not set" in report
     assert "sesame" not in report + capsys.readouterr().out
     # Twice the same run of MLflow, with a file for each; nothing that looks like a pipeline's.
     client = mlflow.MlflowClient(store)
@@ -164,6 +163,13 @@ def test_one_check_that_hangs_costs_its_patience_only():
 def test_an_error_of_a_library_is_a_problem_like_others():
     (check,) = preflight.carry_out([("x", lambda: str(1 / 0))])
     assert (check.state, check.message) == ("failed", "ZeroDivisionError: division by zero")
+
+
+def test_a_volume_is_told_from_the_containers_own_disk():
+    assert preflight.on_a_volume(Path("/proc/self"))
+    assert not preflight.on_a_volume(Path("/"))
+    mounted = {line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()}
+    assert preflight.on_a_volume(Path("/usr")) == ("/usr" in mounted)
 
 
 # --- room for the accelerators ---
