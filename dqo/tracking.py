@@ -29,6 +29,11 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 PARENT_TAG = "mlflow.parentRunId"
 KEY_TAG = "dqo.stage_key"
 STAGE_TAG = "dqo.stage"
+KUBEFLOW_TAG = "dqo.kubeflow_run_id"
+ERROR_TAG = "dqo.error"
+MESSAGE_LENGTH = 2000
+KUBEFLOW_VARIABLE = "DQO_KUBEFLOW_RUN"
+"""Variable that holds the id of the Kubeflow run in a task on a cluster; it takes no part in Kubeflow's cache key."""
 
 
 def default_uri(folder: Path) -> str:
@@ -147,15 +152,26 @@ def open_parent(recipe: Recipe, experiment_id: str, workspace: Path) -> str:
         run_id = client.create_run(experiment_id, run_name=recipe.name, tags={STAGE_TAG: "pipeline"}).info.run_id
         write_text(memory, json.dumps({"run_id": run_id}) + "\n")
     client.update_run(run_id, status="RUNNING")
-    for key, value in {
+    for key, value in (recipe_tags(recipe) | kubeflow_tags()).items():
+        client.set_tag(run_id, key, value)
+    client.log_text(run_id, recipe.to_yaml(), "recipe.yaml")
+    return run_id
+
+
+def recipe_tags(recipe: Recipe) -> dict[str, str]:
+    """Tags by which a pipeline's run is found."""
+    return {
         "dqo.recipe": recipe.name,
         "dqo.recipe_digest": recipe.digest,
         "dqo.task": recipe.task,
         "dqo.version": __version__,
-    }.items():
-        client.set_tag(run_id, key, value)
-    client.log_text(run_id, recipe.to_yaml(), "recipe.yaml")
-    return run_id
+    }
+
+
+def kubeflow_tags() -> dict[str, str]:
+    """Tag of the Kubeflow run that this task belongs to; empty where it belongs to none."""
+    run = os.environ.get(KUBEFLOW_VARIABLE, "")
+    return {KUBEFLOW_TAG: run} if run else {}
 
 
 class Run:
@@ -270,14 +286,19 @@ def child_run(parent_id: str, name: str, stage: str, key: str) -> Iterator[Run]:
         run = Run(found[0].info.run_id)
         client.update_run(run.id, status="RUNNING")
         client.update_run(parent_id, status="RUNNING")
+        if ERROR_TAG in found[0].data.tags:
+            client.delete_tag(run.id, ERROR_TAG)
     else:
         tags = {PARENT_TAG: parent_id, KEY_TAG: key, STAGE_TAG: stage, "dqo.name": name}
         run = Run(client.create_run(experiment_id, run_name=name, tags=tags).info.run_id, new=True)
+    for handle in (run, Run(parent_id)):  # an earlier Kubeflow run may have made them
+        handle.tags(kubeflow_tags())
     try:
         yield run
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
         run.finish(status)
         Run(parent_id).finish(status)
+        run.tags({ERROR_TAG: (str(error) or type(error).__name__)[:MESSAGE_LENGTH]})
         raise
     run.finish()

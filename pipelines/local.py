@@ -226,7 +226,7 @@ def _main(path: Path) -> None:
         cache_root=str(path / "cache"),
         raise_on_error=True,
     )
-    build(recipe)(**arguments)
+    build(recipe, cluster=False)(**arguments)
     shutil.copyfile(_newest(path, "evaluate/report"), path / "report.html.part")
     (path / "report.html.part").rename(path / "report.html")
     evaluation = json.loads(_newest(path, "evaluate/evaluation/evaluation.json").read_text(encoding="utf-8"))

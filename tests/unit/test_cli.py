@@ -133,7 +133,8 @@ def test_compile_twice_gives_equal_bytes_and_leaves_nothing_else(tmp_path: Path)
         assert load(QUICKSTART).digest in done.stdout
     one, two = ((tmp_path / name).read_bytes() for name in ("one.yaml", "two.yaml"))
     assert one == two
-    assert yaml.safe_load(one)["pipelineInfo"]["name"] == "quickstart"
+    pipeline, _platform = yaml.safe_load_all(one)
+    assert pipeline["pipelineInfo"]["name"] == "quickstart"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.yaml", "two.yaml"]
 
 
