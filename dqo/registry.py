@@ -1,65 +1,14 @@
-"""The MLflow model registry: the gate, versions with their lineage, aliases, loading."""
+"""The MLflow model registry: versions with their lineage, aliases, loading."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dqo import __version__
-from dqo.evaluation.metrics import METRICS
-from dqo.evaluation.statistics import Interval, overlap
+from dqo.gate import GateResult
 from dqo.policy import CheckpointCard
-from dqo.recipe import Gate
 
 CHALLENGER, CHAMPION = "challenger", "champion"
-
-
-@dataclass(frozen=True)
-class GateResult:
-    """Whether a model may become champion, with the reason of each rule in words.
-
-    Attributes:
-        passed: All rules hold.
-        reasons: One sentence a rule, whether it holds or not.
-    """
-
-    passed: bool
-    reasons: list[str]
-
-
-def decide(
-    gate: Gate, metrics: dict[str, dict[str, Interval]], candidate: str = "dqo", stopped: str | None = None
-) -> GateResult:
-    """Apply the recipe's gate to an evaluation.
-
-    Args:
-        gate: The rules.
-        metrics: Model name -> metric name -> interval.
-        candidate: The model that asks to be promoted.
-        stopped: Why its training was stopped before its last step, which no metric makes up for; `None` if it was not.
-    """
-    new, old = metrics[candidate], metrics[gate.against]
-    change = new["quality"].mean - old["quality"].mean
-    kept = change >= -gate.max_quality_loss
-    reasons = [
-        f"quality {new['quality'].mean:.3f} against {old['quality'].mean:.3f} of {gate.against} ({change:+.3f}) is "
-        f"{'within' if kept else 'below'} the allowed loss of {gate.max_quality_loss:g}"
-    ]
-    passed = kept
-    for name in gate.more_diverse_on:
-        above = new[name].mean > old[name].mean and not overlap(new[name], old[name])
-        reasons.append(
-            f"{METRICS[name].label} {_show(new[name])} against {_show(old[name])} of {gate.against}: "
-            + ("higher, intervals apart" if above else "not higher with intervals apart")
-        )
-        passed = passed and above
-    if stopped is not None:
-        return GateResult(False, [f"training was stopped by a health rule: {stopped}", *reasons])
-    return GateResult(passed, reasons)
-
-
-def _show(interval: Interval) -> str:
-    return f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
 
 
 def log_model(run_id: str, checkpoint: Path, name: str) -> str:
