@@ -4,8 +4,8 @@ The stage's task starts the job, copies its log, waits for its end and removes i
 components only: it needs the library and the client of Kubernetes, which the image holds.
 
 A TrainJob names the chart's TrainingRuntime and changes of it what `spec.trainer` and `spec.runtimePatches` allow:
-image, command, variables, numbers and resources of the nodes; labels, affinity, node selector, tolerations, volumes and
-mounts, user and registry credentials of the pods. Pull policy, back-off limit and what else a pod has are the runtime's.
+image, command, variables, numbers and resources of the nodes; labels, affinity, node selector, tolerations, volumes
+and mounts, user and registry credentials of the pods. Pull policy, back-off limit and all else are the runtime's.
 The fields are those of Kubeflow Trainer 2.2 and 2.3; before, `runtimePatches` was called `podTemplateOverrides`.
 """
 
@@ -575,9 +575,9 @@ def _failure(name: str, failed: dict[str, Any], pods: list[Any], recipe: Recipe)
 def _forbidden(verb: str, resource: str, namespace: str, message: str) -> str:
     group = f".{GROUP}" if resource == PLURAL else ""
     return (
-        f"the account of this task may not {verb} {resource}{group} in namespace {namespace} (403: {message}); expected "
-        "the rights of the chart's Role <fullname>-runner: start the run as the ServiceAccount <fullname>-runner, or "
-        "name the run's account in the chart's runner.subjects"
+        f"the account of this task may not {verb} {resource}{group} in namespace {namespace} (403: {message}); "
+        "expected the rights of the chart's Role <fullname>-runner: start the run as the ServiceAccount "
+        "<fullname>-runner, or name the run's account in the chart's runner.subjects"
     )
 
 

@@ -39,8 +39,8 @@ def require_machine(recipe: Recipe) -> None:
     """
     if recipe.distributed.nodes > 1:
         raise DQOError(
-            f"distributed.nodes: got {recipe.distributed.nodes}; several nodes train on a cluster with Kubeflow Trainer "
-            "only; expected 1 here"
+            f"distributed.nodes: got {recipe.distributed.nodes}; several nodes train on a cluster with Kubeflow "
+            "Trainer only; expected 1 here"
         )
     require_node(recipe)
 

@@ -964,8 +964,8 @@ class Recipe(_Section):
             )
         elif self.resources.accelerator is not None and self.processes_per_node != accelerators:
             problems.append(
-                f"distributed.processes: got {self.processes_per_node} with resources.accelerator_count {accelerators}; "
-                "expected one process an accelerator: leave distributed.processes out, or give both the same number"
+                f"distributed.processes: got {self.processes_per_node} with resources.accelerator_count {accelerators}"
+                "; expected one process an accelerator: leave distributed.processes out, or give both the same number"
             )
         problems += self._nodes_fit()
         if strategy != "ddp" and self.processes == 1:

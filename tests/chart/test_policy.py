@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import pytest
 from helm import SCENARIOS, Rendered, render
 
+from components.trainjob import CALLS
+
 each_scenario = pytest.mark.parametrize("scenario", SCENARIOS)
 # What these tests know how to judge.
 KNOWN = set(
