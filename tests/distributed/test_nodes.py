@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_stages_in_processes import ROOT, STEPS, events, history, prepared, run_of
+from test_stages_in_processes import STEPS, events, history, prepared, run_of
 
 from components import trainjob
 from dqo.errors import DQOError
@@ -23,6 +23,7 @@ from dqo.stages import sft
 from dqo.stages.context import Context, NodesJob
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
 
 
 def free_port() -> int:
