@@ -8,6 +8,7 @@ from typing import Any
 from dqo import __version__
 from dqo.evaluation.metrics import METRICS
 from dqo.evaluation.statistics import Interval, overlap
+from dqo.mlflow_errors import in_words
 from dqo.policy import CheckpointCard
 from dqo.recipe import Gate
 
@@ -85,7 +86,7 @@ def log_model(run_id: str, checkpoint: Path, name: str) -> str:
         ),
     )
     card = CheckpointCard.read(checkpoint)
-    with mlflow.start_run(run_id=run_id):
+    with in_words(f"log the model {name!r}", run_id), mlflow.start_run(run_id=run_id):
         info = mlflow.pyfunc.log_model(
             name=name,
             python_model=str(Path(__file__).with_name("serving.py")),
@@ -97,6 +98,7 @@ def log_model(run_id: str, checkpoint: Path, name: str) -> str:
     return info.model_uri
 
 
+@in_words("register the model")
 def register(
     name: str, run_id: str, model_uri: str, tags: dict[str, Any], metrics: dict[str, float], gate: GateResult
 ) -> tuple[str, list[str]]:

@@ -1,46 +1,15 @@
-"""MLflow in the two forms that teams have: a sqlite file, and a server on PostgreSQL and S3 that asks for a password."""
+"""MLflow in the two forms that teams have: a sqlite file, and a server with passwords on PostgreSQL and S3."""
 
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
+from services.servers import PASSWORD, STACK, USER, Server
 
 from dqo import tracking
-
-STACK = Path(__file__).with_name("stack.py")
-USER, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
-RUN_ID = "MLFLOW_RUN_ID"
-
-
-@dataclass(frozen=True)
-class Server:
-    """The running MLflow server.
-
-    Attributes:
-        uri: Its address.
-        username: The administrator.
-        password: The administrator's.
-        s3: Environment variables for the store's S3 interface.
-        bucket: Where the artifacts are.
-        folder: Holds the servers' logs.
-    """
-
-    uri: str
-    username: str
-    password: str
-    s3: dict[str, str]
-    bucket: str
-    folder: str
-
-    @property
-    def credentials(self) -> dict[str, str]:
-        return {USER: self.username, PASSWORD: self.password}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -85,15 +54,37 @@ def mlflow_store(
     return server.uri, server.credentials
 
 
+@pytest.fixture(autouse=True)
+def nobodys_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No user, run or S3 key of the machine that the tests run on."""
+    for name in (
+        USER,
+        PASSWORD,
+        "MLFLOW_TRACKING_TOKEN",
+        "MLFLOW_RUN_ID",
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+    ):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture
-def mlflow_uri(mlflow_store: tuple[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> str:
+def mlflow_uri(
+    mlflow_store: tuple[str, dict[str, str]], nobodys_credentials: None, monkeypatch: pytest.MonkeyPatch
+) -> str:
     """Address of an MLflow, once a sqlite file and once a server whose credentials stand in the environment.
 
     All tests of a session share the two stores: names of experiments and registered models have to be a test's own.
     """
     uri, credentials = mlflow_store
-    for name in (USER, PASSWORD, RUN_ID):
-        monkeypatch.delenv(name, raising=False)
     for name, value in credentials.items():
         monkeypatch.setenv(name, value)
     return uri
+
+
+@pytest.fixture
+def administrator(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+    """The server, with the administrator's credentials in the environment."""
+    for name, value in server.credentials.items():
+        monkeypatch.setenv(name, value)
+    return server
