@@ -36,6 +36,7 @@ def reason(error: BaseException, uri: str) -> str:
     for secret in filter(None, known):
         for form in {secret, unquote(secret)}:
             text = text.replace(form, "***")
+    text = text.rstrip(".")
     return re.sub(r"\?X-Amz-\S+", "", text)[:REASON_LENGTH]  # a presigned address is a password too
 
 
@@ -62,7 +63,7 @@ def refused(error: BaseException, uri: str) -> str | None:
             return f"it does not know the user {user!r} with this password; correct {USER} and {PASSWORD}"
         case 403:
             whom = "who sends no user name" if user is None else repr(user)
-            return f"it does not allow this to the user {whom} ({reason(error, uri)}); its administrator can give the permission"
+            return f"it does not allow this to the user {whom} ({reason(error, uri)}); ask its administrator"
     return None
 
 

@@ -129,7 +129,9 @@ def register(
     key = str(tags["dqo.stage_key"])
     known = [v for v in client.search_model_versions(f"name = '{name}'") if v.tags.get("dqo.stage_key") == key]
     found = next((v for v in known if v.run_id == run_id), None)
-    version = found or client.create_model_version(name, model_uri, run_id)
+    # A server asks for the logged model's id beside its address; a local store takes either.
+    model_id = model_uri.removeprefix("models:/") if model_uri.startswith("models:/m-") else None
+    version = found or client.create_model_version(name, model_uri, run_id, model_id=model_id)
     everything = {
         **tags,
         **{f"eval.{metric}": f"{value:.4f}" for metric, value in metrics.items()},

@@ -223,9 +223,11 @@ class Run:
 
     @in_words("set tags")
     def tags(self, values: dict[str, Any]) -> None:
-        """Set tags."""
-        for key, value in values.items():
-            self._client.set_tag(self.id, key, str(value))
+        """Set tags in one request: a server with passwords takes a good part of a second for each."""
+        from mlflow.entities import RunTag
+
+        if values:
+            self._client.log_batch(self.id, tags=[RunTag(key, str(value)) for key, value in values.items()])
 
     def folder(self, path: Path, artifact_path: str) -> None:
         """Upload a folder's files."""

@@ -11,20 +11,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-import stack
-from conftest import STACK, Server
-
-
-def processes_of(folder: str) -> list[int]:
-    mark = f"{stack.MARK}={folder}\0".encode()
-    found = []
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if mark in environ.read_bytes():
-                found.append(int(environ.parent.name))
-        except OSError:
-            pass
-    return found
+from services import stack
+from services.servers import STACK, Server, processes_of
 
 
 def gone(folder: str, sweep: bool, seconds: float = 30) -> bool:
@@ -32,7 +20,7 @@ def gone(folder: str, sweep: bool, seconds: float = 30) -> bool:
     while time.monotonic() < end:
         if sweep:
             stack.sweep()
-        if not processes_of(folder) and not Path(folder).exists():
+        if not processes_of(f"{stack.MARK}={folder}") and not Path(folder).exists():
             return True
         time.sleep(0.2)
     return False
@@ -56,11 +44,11 @@ def test_no_server_outlives_its_owner(server: Server, killed_too: bool):
     owner = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert owner.stdout
     supervisor, folder = int(owner.stdout.readline()), json.loads(owner.stdout.readline())["folder"]
-    assert len(processes_of(folder)) >= 3
+    assert len(processes_of(f"{stack.MARK}={folder}")) >= 3
     if killed_too:
         os.kill(supervisor, signal.SIGKILL)
     os.killpg(owner.pid, signal.SIGKILL)
     owner.wait()
     owner.stdout.close()
-    assert gone(folder, sweep=killed_too), processes_of(folder)
+    assert gone(folder, sweep=killed_too), processes_of(f"{stack.MARK}={folder}")
     assert Path(server.folder).is_dir()  # another owner's servers go on

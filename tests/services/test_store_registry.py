@@ -62,8 +62,8 @@ def test_a_model_is_registered_found_by_its_aliases_and_speaks_as_before(
     loaded = registry.load("spoken@champion")
     spoken = loaded.predict(prompts, params=PARAMS)
     assert [len(group) for group in spoken] == [3, 3]
-    from dqo.serving import GroupModel
+    from dqo.serving import ResponseGroups
 
-    direct = GroupModel()
+    direct = ResponseGroups()
     direct.load_context(SimpleNamespace(artifacts={"checkpoint": str(checkpoint)}))
     assert direct.predict(None, prompts, PARAMS) == spoken
