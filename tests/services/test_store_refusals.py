@@ -87,6 +87,7 @@ def test_the_command_line_says_it_in_a_line_and_trains_nothing(
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_password_that_expires_in_a_stage_stops_it_and_a_new_one_continues(
     administrator: Server, user: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -109,6 +110,7 @@ def test_a_password_that_expires_in_a_stage_stops_it_and_a_new_one_continues(
         assert again.last_step("loss") == 1
 
 
+@pytest.mark.slow
 def test_a_user_without_permission_is_told_what_may_not_be_done(
     administrator: Server, user: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -139,6 +141,7 @@ def test_a_user_without_permission_is_told_what_may_not_be_done(
 # --- a server that goes away ---
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_away_in_a_stage_stops_it_and_the_next_call_continues(
     administrator: Server, recipe: Recipe, tmp_path: Path
 ):
@@ -196,6 +199,7 @@ def attempts(run: tracking.Run, tmp_path: Path) -> dict[str, object]:
     }
 
 
+@pytest.mark.slow
 def test_s3_that_refuses_writes_is_named(
     administrator: Server, recipe: Recipe, tmp_path: Path, request: pytest.FixtureRequest
 ):
