@@ -6,6 +6,7 @@ from typing import Any
 
 from dqo import __version__
 from dqo.gate import GateResult
+from dqo.mlflow_errors import in_words
 from dqo.policy import CheckpointCard
 
 CHALLENGER, CHAMPION = "challenger", "champion"
@@ -34,7 +35,7 @@ def log_model(run_id: str, checkpoint: Path, name: str) -> str:
         ),
     )
     card = CheckpointCard.read(checkpoint)
-    with mlflow.start_run(run_id=run_id):
+    with in_words(f"log the model {name!r}", run_id), mlflow.start_run(run_id=run_id):
         info = mlflow.pyfunc.log_model(
             name=name,
             python_model=str(Path(__file__).with_name("serving.py")),
@@ -46,6 +47,7 @@ def log_model(run_id: str, checkpoint: Path, name: str) -> str:
     return info.model_uri
 
 
+@in_words("register the model")
 def register(
     name: str, run_id: str, model_uri: str, tags: dict[str, Any], metrics: dict[str, float], gate: GateResult
 ) -> tuple[str, list[str]]:
@@ -76,7 +78,9 @@ def register(
     key = str(tags["dqo.stage_key"])
     known = [v for v in client.search_model_versions(f"name = '{name}'") if v.tags.get("dqo.stage_key") == key]
     found = next((v for v in known if v.run_id == run_id), None)
-    version = found or client.create_model_version(name, model_uri, run_id)
+    # A server asks for the logged model's id beside its address; a local store takes either.
+    model_id = model_uri.removeprefix("models:/") if model_uri.startswith("models:/m-") else None
+    version = found or client.create_model_version(name, model_uri, run_id, model_id=model_id)
     everything = {
         **tags,
         **{f"eval.{metric}": f"{value:.4f}" for metric, value in metrics.items()},

@@ -186,16 +186,16 @@ def _require_idle(workspace: Path) -> None:
 
 def _drop_stale_cache(recipe: Recipe, folder: RunFolder, uri: str) -> None:
     """Kubeflow's cache remembers the MLflow run; forget it when that run is gone (another or a deleted store)."""
-    import mlflow
+    from mlflow import MlflowClient
+
+    from dqo.mlflow_errors import in_words
+    from dqo.tracking import is_active
 
     remembered = folder.workspace / "runs" / f"{recipe.name}-{recipe.digest}.json"
     if not remembered.is_file():
         return
-    try:
-        run = mlflow.MlflowClient(uri).get_run(json.loads(remembered.read_text(encoding="utf-8"))["run_id"])
-        alive = run.info.lifecycle_stage == "active"
-    except mlflow.exceptions.MlflowException:
-        alive = False
+    with in_words("look for the run that this pipeline continues"):
+        alive = is_active(MlflowClient(uri), json.loads(remembered.read_text(encoding="utf-8"))["run_id"])
     if not alive:
         remembered.unlink()
         shutil.rmtree(folder.path / "cache", ignore_errors=True)
