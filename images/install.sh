@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# uv pip install into /opt/venv with the pip settings of the base image: index, folder of wheels. uv reads none of pip's.
+#
+#   install.sh ARGUMENTS-OF-UV-PIP-INSTALL...
+set -euo pipefail
+
+setting() { python -m pip config get "global.$1" 2>/dev/null || true; }
+
+options=()
+for each in $(setting find-links); do options+=(--find-links "${each}"); done
+for each in $(setting index-url); do options+=(--default-index "${each}"); done
+for each in $(setting extra-index-url); do options+=(--index "${each}"); done
+
+UV_NO_CACHE=1 UV_SYSTEM_CERTS=1 exec /build/uv/bin/uv pip install \
+  --python /opt/venv/bin/python --compile-bytecode "${options[@]}" "$@"
