@@ -6,7 +6,7 @@
 # Environment:
 #   ENGINE    docker, podman or buildah; the first that is installed
 #   BASE      base image (python:3.11-slim-bookworm)
-#   EXTRAS    extras of pyproject.toml for the trainer (bundled); `bundled,gpu` adds vLLM and DeepSpeed
+#   EXTRAS    `gpu` adds vLLM and DeepSpeed to the trainer (none)
 #   PREFIX    put before the images' names, for a registry: `registry.example:5000/`
 #   TAG       tag (the project's version)
 set -euo pipefail

@@ -4,7 +4,9 @@
 #   install.sh ARGUMENTS-OF-UV-PIP-INSTALL...
 set -euo pipefail
 
-setting() { python -m pip config get "global.$1" 2>/dev/null || true; }
+# `pip config get` knows one file only; the list has them all, a value in quotes, several lines as \n.
+settings="$(python -m pip config list)"
+setting() { sed -n "s/^\(global\|install\|:env:\)\.$1='\(.*\)'\$/\2/p" <<<"${settings}" | sed 's/\\n/ /g'; }
 
 options=()
 for each in $(setting find-links); do options+=(--find-links "${each}"); done
