@@ -36,6 +36,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("recipe", type=Path, help="recipe file")
     run.add_argument("--out", type=Path, default=Path(_OUT), help=f"folder of runs, checkpoints and MLflow ({_OUT})")
     run.add_argument("--fresh", action="store_true", help="forget finished stages and checkpoints, train anew")
+    run.add_argument(
+        "--runner",
+        choices=["subprocess", "docker"],
+        default="subprocess",
+        help="how stages run: processes of this machine, or containers of resources.image (subprocess)",
+    )
+    run.add_argument("--network", help="Docker network of the containers (none, where nothing is asked over one)")
     run.set_defaults(run=_run)
 
     compile_ = commands.add_parser("compile", help="write a recipe's pipeline as Kubeflow IR")
@@ -110,7 +117,7 @@ def _run(arguments: argparse.Namespace) -> int:
     _print_warnings(recipe.warnings)
     from pipelines import follow
 
-    return follow.run(recipe, arguments.recipe, arguments.out, arguments.fresh)
+    return follow.run(recipe, arguments.recipe, arguments.out, arguments.fresh, arguments.runner, arguments.network)
 
 
 def _compile(arguments: argparse.Namespace) -> int:
