@@ -239,7 +239,7 @@ class Run:
 
     @in_words("set tags")
     def tags(self, values: dict[str, Any]) -> None:
-        """Set tags in one request: a server with passwords takes a good part of a second for each."""
+        """Set tags in one request: a server with passwords checks them anew for each."""
         from mlflow.entities import RunTag
 
         if values:
