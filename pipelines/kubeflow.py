@@ -1,13 +1,14 @@
 """The Kubeflow Pipelines API (v2beta1) as `submit` and `schedule` use it, with its errors in words.
 
-Requests go through `kfp_server_api`, the client that comes with kfp. `kfp.Client` itself prints, waits half a minute for
-a server that is not there, and keeps settings in the user's home.
+Requests go through `kfp_server_api`, the client that comes with kfp. `kfp.Client` itself prints, waits half a minute
+for a server that is not there, and keeps settings in the user's home.
 """
 
 import hashlib
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ TOKEN_VARIABLE = "KFP_TOKEN"
 _DEFAULT_EXPERIMENT = "Default"  # the one that Kubeflow makes at its installation
 _TIMEOUT = (10.0, 60.0)  # seconds to connect, to answer
 _PAGE = 100
+_COMPILER = threading.Lock()  # kfp's compiler keeps its pipeline in a global
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,8 @@ class Server:
 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{recipe.name}.yaml"
-            compile_recipe(recipe, path)
+            with _COMPILER:
+                compile_recipe(recipe, path)
             digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
             pipeline, _ = self._find_or_make(
                 lambda: self._pipeline(recipe.name),
@@ -268,12 +271,12 @@ class Server:
         cause = getattr(error, "reason", None) or error
         if isinstance(cause, urllib3.exceptions.SSLError):
             return DQOError(
-                f"--host {self.host}: its certificate is not trusted ({cause}); give the authority that signed it, or a "
-                "self-signed certificate itself, with --ca-file"
+                f"--host {self.host}: its certificate is not trusted ({cause}); give the authority that signed it, or "
+                "a self-signed certificate itself, with --ca-file"
             )
         return Unreachable(
-            f"--host {self.host}: Kubeflow Pipelines does not answer ({cause}); check the address, or open a way to it: "
-            "kubectl -n kubeflow port-forward svc/ml-pipeline-ui 8080:80, then --host http://localhost:8080"
+            f"--host {self.host}: Kubeflow Pipelines does not answer ({cause}); check the address, or open a way to "
+            "it: kubectl -n kubeflow port-forward svc/ml-pipeline-ui 8080:80, then --host http://localhost:8080"
         )
 
     def run_link(self, run_id: str) -> str:

@@ -49,6 +49,8 @@ def run(
     Raises:
         DQOError: If the cron line or zone is wrong, or the server refuses something.
     """
+    if recipe.resources.caching.get("prepare", False):
+        raise DQOError("resources.caching.prepare: got true; with it, a schedule would never see changed data")
     kubeflow = to_kubeflow(cron)
     echo = in_words(cron, timezone)
     name = name or recipe.name
