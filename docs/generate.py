@@ -112,6 +112,7 @@ _ARGUMENTS = {
     "mlflow_uri": '"http://mlflow:5000"',
     "library": '"0.1.0"',
     "source": '"1"',
+    "skip_unchanged": "False",
     "variant": '"dqo"',
     "pipeline_run": "dsl.PIPELINE_JOB_NAME_PLACEHOLDER",
     "data": 'prepared.outputs["data"]',

@@ -30,6 +30,8 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 PARENT_TAG = "mlflow.parentRunId"
 KEY_TAG = "dqo.stage_key"
 STAGE_TAG = "dqo.stage"
+DATA_TAG = "dqo.data_digest"
+UNCHANGED_TAG = "dqo.unchanged"
 KUBEFLOW_TAG = "dqo.kubeflow_run_id"
 ERROR_TAG = "dqo.error"
 MESSAGE_LENGTH = 2000
@@ -139,20 +141,55 @@ def _experiment(recipe: Recipe, uri: str) -> str:
     return experiment.experiment_id
 
 
-def open_parent(recipe: Recipe, experiment_id: str, workspace: Path) -> str:
+def finished_run(recipe: Recipe, experiment_id: str, data_digest: str) -> str | None:
+    """The newest pipeline run of a recipe and its data that has finished, None where there is none.
+
+    The run is marked with the Kubeflow run, or else the time, that has found it: its exit handler then knows that there
+    is no other run to end.
+
+    Args:
+        recipe: The recipe.
+        experiment_id: MLflow's experiment.
+        data_digest: Digest of the data card.
+    """
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    found = client.search_runs(
+        [experiment_id],
+        f"tags.`{STAGE_TAG}` = 'pipeline' and tags.`dqo.recipe_digest` = '{recipe.digest}' and "
+        f"tags.`{DATA_TAG}` = '{data_digest}' and attributes.status = 'FINISHED'",
+        max_results=1,
+        order_by=["attributes.end_time DESC"],
+    )
+    if not found:
+        return None
+    run_id: str = found[0].info.run_id
+    by = os.environ.get(KUBEFLOW_VARIABLE) or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    client.set_tag(run_id, UNCHANGED_TAG, by)
+    return run_id
+
+
+def open_parent(recipe: Recipe, experiment_id: str, workspace: Path, data_digest: str | None = None) -> str:
     """Return the run that all stages of one pipeline run belong to, creating it on the first call.
 
     Kubeflow Pipelines' MLflow plugin injects MLFLOW_RUN_ID: then that run is the parent. Else the id is remembered in
     the workspace by recipe digest, so that repeating an interrupted pipeline continues the same run.
 
+    Args:
+        recipe: The recipe.
+        experiment_id: MLflow's experiment.
+        workspace: Folder that outlives the run.
+        data_digest: Where it is known already: a remembered run with other data is not continued.
+
     Raises:
         DQOError: If MLflow does not answer, or does not allow it.
     """
     with in_words("open the pipeline's run"):
-        return _parent(recipe, experiment_id, workspace)
+        return _parent(recipe, experiment_id, workspace, data_digest)
 
 
-def _parent(recipe: Recipe, experiment_id: str, workspace: Path) -> str:
+def _parent(recipe: Recipe, experiment_id: str, workspace: Path, data_digest: str | None) -> str:
     import mlflow
 
     client = mlflow.MlflowClient()
@@ -161,7 +198,8 @@ def _parent(recipe: Recipe, experiment_id: str, workspace: Path) -> str:
     if run_id is None and memory.is_file():
         remembered = json.loads(memory.read_text(encoding="utf-8"))["run_id"]
         if is_active(client, remembered):
-            run_id = remembered
+            known = client.get_run(remembered).data.tags.get(DATA_TAG)
+            run_id = remembered if data_digest is None or known in (None, data_digest) else None
     if run_id is None:
         run_id = client.create_run(experiment_id, run_name=recipe.name, tags={STAGE_TAG: "pipeline"}).info.run_id
         write_text(memory, json.dumps({"run_id": run_id}) + "\n")
