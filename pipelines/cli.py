@@ -84,6 +84,17 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--out", type=Path, help="file to write, .json, for a gate to read")
     audit.set_defaults(run=_judge_audit)
 
+    compare = commands.add_parser("compare", help="compare evaluated models: differences, win rates, a report")
+    compare.add_argument(
+        "first", metavar="A", help="what the others are compared with: run, NAME/3, NAME@alias, folder"
+    )
+    compare.add_argument("others", metavar="B", nargs="+", help="as A; RUN:MODEL names another model of the evaluation")
+    compare.add_argument("--out", type=Path, default=Path(_OUT), help=f"folder given to `dqo run` ({_OUT})")
+    compare.add_argument("--uri", help="MLflow's address (MLFLOW_TRACKING_URI, else the store in --out)")
+    compare.add_argument("--html", type=Path, help="page to write, .html")
+    compare.add_argument("--json", type=Path, help="file to write, .json")
+    compare.set_defaults(run=_compare)
+
     ui = commands.add_parser("ui", help="open MLflow's page on the local runs")
     ui.add_argument("--out", type=Path, default=Path(_OUT), help=f"folder given to `dqo run` ({_OUT})")
     ui.add_argument("--port", type=int, default=5000, help="port on this machine (5000)")
@@ -211,6 +222,13 @@ def _judge_audit(arguments: argparse.Namespace) -> int:
         print(f"  {problem}")
     print("passed: its verdicts may count" if result.passed else "failed: its verdicts must not decide about a model")
     return 0 if result.passed else 1
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from pipelines import compare
+
+    given = [arguments.first, *arguments.others]
+    return compare.run(given, arguments.out, arguments.uri, arguments.html, arguments.json)
 
 
 def _ui(arguments: argparse.Namespace) -> int:
