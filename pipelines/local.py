@@ -72,7 +72,7 @@ def library_digest() -> str:
     digest = hashlib.sha256()
     folder = Path(dqo.__file__).parent
     for path in sorted(folder.rglob("*")):
-        if path.suffix in (".py", ".html", ".js", ".jsonl", ".yaml"):
+        if path.suffix in (".py", ".html", ".css", ".js", ".jsonl", ".yaml"):
             digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     return f"{dqo.__version__}+{digest.hexdigest()[:12]}"
 
