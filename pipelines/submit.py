@@ -131,8 +131,9 @@ def stages(tasks: list[Any], variants: list[str]) -> list[tuple[str, Any]]:
     found = [(_STAGES[task.display_name], task) for task in tasks if task.display_name in _STAGES]
     loop = [task for task in tasks if task.display_name == _SEVERAL]
     loop.sort(key=lambda task: _seconds(task.create_time))
-    numbers = [_iteration(task, by_id) for task in loop]
-    if None in numbers or len(set(numbers)) < len(loop):
+    told = [_iteration(task, by_id) for task in loop]
+    numbers = [number for number in told if number is not None]
+    if len(set(numbers)) < len(loop):
         numbers = list(range(len(loop)))
     found += [(f"rl-{variants[n]}", task) for n, task in zip(numbers, loop, strict=True) if n < len(variants)]
     return found
