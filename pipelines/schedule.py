@@ -159,7 +159,8 @@ def to_kubeflow(cron: str) -> str:
         raise DQOError(f"--cron {cron!r}: no such day comes")
     days = fields[4]
     if not days.startswith("*") and "7" in days.partition("/")[0]:
-        days = ",".join(str(day) for day in sorted({int(day) % 7 for day in parsed.weekdays}))
+        # A pair of day and week is what `#` makes, which is refused above.
+        days = ",".join(str(day) for day in sorted({day % 7 for day in parsed.weekdays if isinstance(day, int)}))
     return " ".join(["0", *fields[:4], days])
 
 
