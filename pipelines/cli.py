@@ -39,6 +39,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("recipe", type=Path, help="recipe file")
     run.add_argument("--out", type=Path, default=Path(_OUT), help=f"folder of runs, checkpoints and MLflow ({_OUT})")
     run.add_argument("--fresh", action="store_true", help="forget finished stages and checkpoints, train anew")
+    run.add_argument(
+        "--runner",
+        choices=["subprocess", "docker"],
+        default="subprocess",
+        help="how stages run: processes of this machine, or containers of resources.image (subprocess)",
+    )
+    run.add_argument("--network", help="Docker network of the containers (none, where nothing is asked over one)")
     run.set_defaults(run=_run)
 
     compile_ = commands.add_parser("compile", help="write a recipe's pipeline as Kubeflow IR")
@@ -110,6 +117,16 @@ def _parser() -> argparse.ArgumentParser:
     }.items():
         action.add_argument(f"--{name}", dest="action", action="store_const", const=name, help=text)
     schedule.set_defaults(run=_schedule)
+    compare = commands.add_parser("compare", help="compare evaluated models: differences, win rates, a report")
+    compare.add_argument(
+        "first", metavar="A", help="what the others are compared with: run, NAME/3, NAME@alias, folder"
+    )
+    compare.add_argument("others", metavar="B", nargs="+", help="as A; RUN:MODEL names another model of the evaluation")
+    compare.add_argument("--out", type=Path, default=Path(_OUT), help=f"folder given to `dqo run` ({_OUT})")
+    compare.add_argument("--uri", help="MLflow's address (MLFLOW_TRACKING_URI, else the store in --out)")
+    compare.add_argument("--html", type=Path, help="page to write, .html")
+    compare.add_argument("--json", type=Path, help="file to write, .json")
+    compare.set_defaults(run=_compare)
 
     ui = commands.add_parser("ui", help="open MLflow's page on the local runs")
     ui.add_argument("--out", type=Path, default=Path(_OUT), help=f"folder given to `dqo run` ({_OUT})")
@@ -150,7 +167,7 @@ def _run(arguments: argparse.Namespace) -> int:
     _print_warnings(recipe.warnings)
     from pipelines import follow
 
-    return follow.run(recipe, arguments.recipe, arguments.out, arguments.fresh)
+    return follow.run(recipe, arguments.recipe, arguments.out, arguments.fresh, arguments.runner, arguments.network)
 
 
 def _compile(arguments: argparse.Namespace) -> int:
@@ -306,6 +323,13 @@ def _access(arguments: argparse.Namespace) -> "Access":
     from pipelines.kubeflow import Access
 
     return Access(arguments.host, arguments.token_file, arguments.namespace, arguments.experiment, arguments.ca_file)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from pipelines import compare
+
+    given = [arguments.first, *arguments.others]
+    return compare.run(given, arguments.out, arguments.uri, arguments.html, arguments.json)
 
 
 def _ui(arguments: argparse.Namespace) -> int:

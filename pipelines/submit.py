@@ -132,11 +132,11 @@ def stages(tasks: list[Any], variants: list[str]) -> list[tuple[str, Any]]:
     found = [(_STAGES[task.display_name], task) for task in tasks if task.display_name in _STAGES]
     loop = [task for task in tasks if task.display_name == _SEVERAL]
     loop.sort(key=lambda task: _seconds(task.create_time))
-    numbers = [_iteration(task, by_id) for task in loop]
-    known = [number for number in numbers if number is not None]
-    if len(set(known)) < len(loop):
-        known = list(range(len(loop)))
-    found += [(f"rl-{variants[n]}", task) for n, task in zip(known, loop, strict=True) if n < len(variants)]
+    told = [_iteration(task, by_id) for task in loop]
+    numbers = [number for number in told if number is not None]
+    if len(set(numbers)) < len(loop):
+        numbers = list(range(len(loop)))
+    found += [(f"rl-{variants[n]}", task) for n, task in zip(numbers, loop, strict=True) if n < len(variants)]
     return found
 
 

@@ -1,6 +1,7 @@
 """Stage 0 on a cluster: everything that a run needs and that can be asked without a GPU, in a minute."""
 
 import json
+import math
 import os
 import sys
 import tempfile
@@ -360,7 +361,7 @@ def capacity(resources: Resources, nodes: list[dict[str, Any]] | str, quotas: li
             hard = quota.get("status", {}).get("hard") or quota.get("spec", {}).get("hard") or {}
             limits = {key.format(kind): hard[key.format(kind)] for key in _QUOTAS if key.format(kind) in hard}
             for key, limit in limits.items():
-                if int(limit) < count:
+                if _whole(limit) < count:
                     return Check(
                         name,
                         "failed",
@@ -372,7 +373,7 @@ def capacity(resources: Resources, nodes: list[dict[str, Any]] | str, quotas: li
     else:
         labels = resources.node_selector
         wanted = [n for n in nodes if labels.items() <= (n["metadata"].get("labels") or {}).items()]
-        most = max((int(n["status"].get("allocatable", {}).get(kind, 0)) for n in wanted), default=0)
+        most = max((_whole(n["status"].get("allocatable", {}).get(kind, "0")) for n in wanted), default=0)
         if most < count:
             which = f" with the labels {labels}" if labels else ""
             return Check(
@@ -385,6 +386,11 @@ def capacity(resources: Resources, nodes: list[dict[str, Any]] | str, quotas: li
     if unknown:
         return Check(name, "unknown", "; ".join(unknown))
     return Check(name, "ok", f"{count} {kind} fit on a node and into the quota")
+
+
+def _whole(quantity: str) -> float:
+    """A count of devices as Kubernetes writes it; infinite where it has a suffix such as `k`, which is enough."""
+    return int(quantity) if quantity.isdigit() else math.inf
 
 
 def _first(error: Exception) -> str:

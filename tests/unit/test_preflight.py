@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -201,6 +202,7 @@ FOUR = Resources(profile="gpu-large")  # type: ignore[arg-type]
             "ResourceQuota 'team' allows this namespace 3",
         ),
         ("refused", [quota(**{"requests.nvidia.com/gpu": "2"})], "failed", "allows this namespace 2"),
+        ([node(8)], [quota(**{"requests.nvidia.com/gpu": "1k"})], "ok", "fit"),
         ("refused", [quota(pods="4")], "unknown", "nodes: refused"),
         ([node(8)], "refused too", "unknown", "quotas: refused too"),
     ],
@@ -208,6 +210,20 @@ FOUR = Resources(profile="gpu-large")  # type: ignore[arg-type]
 def test_room(nodes: Any, quotas: Any, state: str, said: str):
     check = preflight.capacity(FOUR, nodes, quotas)
     assert (check.state, said in check.message) == (state, True), check
+
+
+def test_the_component_goes_on_where_kubernetes_cannot_be_asked(
+    tiny_policy, tiny_encoder, tmp_path, store, monkeypatch
+):
+    """Its real function outside of any cluster."""
+    from components.preflight.component import preflight as component
+
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    recipe = recipe_of(tiny_policy, tiny_encoder, resources={"profile": "gpu-small"})
+    report = SimpleNamespace(path=str(tmp_path / "report.md"))
+    component.python_func(recipe.to_json(), str(tmp_path / "workspace"), store, report)
+    (line,) = [line for line in Path(report.path).read_text().splitlines() if "Accelerators" in line]
+    assert "not checked" in line and "Kubernetes cannot be asked (ConfigException)" in line
 
 
 def test_only_nodes_with_the_labels_count():

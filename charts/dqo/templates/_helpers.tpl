@@ -203,7 +203,7 @@ spec:
 
 {{/*
 Put this installation into a compiled pipeline: image, user, registry credentials and, where its tasks run in the
-release's namespace, volumes and the MLflow user. What the recipe names itself stays. Changes `spec`, writes nothing.
+release's namespace, volumes and the MLflow user. Claims and Secrets that the recipe names stay. Changes `spec`, writes nothing.
 Call: (dict "root" $ "spec" <spec of a PipelineVersion> "image" <reference> "here" <bool>)
 */}}
 {{- define "dqo.placed" -}}
