@@ -28,7 +28,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def context(tiny_policy, tiny_encoder, source, tmp_path) -> Context:
-    data = {"source": str(source), "licence": "CC0-1.0"}
+    data = {"source": str(source)}
     recipe = load(write_recipe(tmp_path / "tiny.yaml", tiny_policy, tiny_encoder, data=data))
     return Context(recipe, tmp_path / "workspace", tracking.default_uri(tmp_path))
 
@@ -37,6 +37,7 @@ def run_of(data: Path) -> str:
     return json.loads((data / PIPELINE_FILE).read_text())["mlflow_run_id"]
 
 
+@pytest.mark.slow
 def test_unchanged_is_a_finished_run_of_the_same_recipe_and_data(context, source, tmp_path, monkeypatch):
     client = mlflow.MlflowClient(context.mlflow_uri)
     assert prepare.run(context, tmp_path / "a", True) == "changed"
@@ -92,6 +93,7 @@ def gather(models: dsl.Input[list[dsl.Model]], data: dsl.Input[dsl.Dataset], mar
         stream.write(",".join(Path(model.path).read_text() for model in models) + "\n")
 
 
+@pytest.mark.slow
 def test_the_condition_decides_by_what_prepare_returns(context, tmp_path):
     """Kubeflow's local runner with the real component, and behind the condition tasks of the pipeline's shape."""
     marker = tmp_path / "marker"
@@ -129,6 +131,7 @@ def test_the_condition_decides_by_what_prepare_returns(context, tmp_path):
     assert marker.read_text() == "x,y\nx,y\n"
 
 
+@pytest.mark.slow
 def test_on_a_cluster_all_that_comes_after_preparation_stands_behind_the_condition(context, tmp_path):
     compiler.Compiler().compile(build(context.recipe), str(tmp_path / "p.yaml"))
     spec, *_ = yaml.safe_load_all((tmp_path / "p.yaml").read_text())
