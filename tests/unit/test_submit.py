@@ -112,6 +112,16 @@ def test_the_experiment_is_found_by_name(server):
     assert server.runs[0].experiment_id == server.experiments[3].experiment_id
 
 
+@pytest.mark.slow
+def test_another_image_is_put_into_every_task(server, monkeypatch, capsys):
+    words = ("submit", RECIPE, "--host", server.host, "--no-run", "--image")
+    assert dqo(monkeypatch, *words, "registry.example.com/trainer:2") == 0
+    (version,) = server.versions
+    executors = version.pipeline_spec["pipeline_spec"]["deploymentSpec"]["executors"]
+    assert {executor["container"]["image"] for executor in executors.values()} == {"registry.example.com/trainer:2"}
+    assert server.runs == []
+
+
 # --- watching ---
 
 
