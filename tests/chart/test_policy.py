@@ -14,7 +14,8 @@ each_scenario = pytest.mark.parametrize("scenario", SCENARIOS)
 # What these tests know how to judge.
 KNOWN = set(
     "ConfigMap Deployment Ingress Job NetworkPolicy PersistentVolumeClaim Pipeline PipelineVersion Pod "
-    "PodDisruptionBudget Role RoleBinding Secret Service ServiceAccount ServiceMonitor StatefulSet TrainingRuntime".split()
+    "PodDisruptionBudget Role RoleBinding Secret Service ServiceAccount ServiceMonitor StatefulSet "
+    "TrainingRuntime".split()
 )
 
 
@@ -66,7 +67,9 @@ def test_pods_fit_restricted_pod_security(scenario: str):
         assert context["seccompProfile"] == {"type": "RuntimeDefault"}, pod.name
         assert not any(spec.get(key) for key in ("hostNetwork", "hostPID", "hostIPC", "ephemeralContainers")), pod.name
         for volume in spec["volumes"]:
-            assert set(volume) - {"name"} <= {"configMap", "emptyDir", "persistentVolumeClaim", "secret"}, pod.name
+            assert set(volume) - {"name"} <= {
+                "configMap", "emptyDir", "persistentVolumeClaim", "projected", "secret",
+            }, pod.name  # fmt: skip
         for container in pod.containers:
             own = container["securityContext"]
             assert own["allowPrivilegeEscalation"] is False, pod.name
