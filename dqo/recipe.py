@@ -851,7 +851,8 @@ class Resources(_Section):
     """Hours after which Kubernetes ends an attempt of a step, e.g. `{rl: 24}`; a step that is not named may go on."""
     caching: dict[Step, bool] = {}
     """Whether Kubeflow may take a step's earlier output when its inputs are equal, e.g. `{evaluate: false}`; a step
-    that is not named may. Stages that the workspace holds are taken up all the same."""
+    that is not named may, but for `prepare`, whose data may have changed unseen. Stages that the workspace holds are
+    taken up all the same."""
 
     @model_validator(mode="before")
     @classmethod

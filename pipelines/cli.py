@@ -1,6 +1,7 @@
 """The command line `dqo`. Heavy imports stand inside the commands, so that help and recipe checks answer at once."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 from dqo.errors import DQOError
 
 if TYPE_CHECKING:
+    from dqo.recipe import Recipe
     from pipelines.kubeflow import Access
 
 _OUT = "runs"
@@ -149,6 +151,7 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mlflow-uri", help="MLflow's address as the tasks see it (the recipe's tracking.uri)")
+    parser.add_argument("--image", help="image of the tasks (the recipe's resources.image)")
     parser.add_argument("--service-account", help="account that the tasks run as (Kubeflow's)")
 
 
@@ -275,7 +278,7 @@ def _submit(arguments: argparse.Namespace) -> int:
         raise DQOError("--no-run with --watch: there would be no run to follow; give one of them")
     from dqo.recipe import load
 
-    recipe = load(arguments.recipe)
+    recipe = _with_image(load(arguments.recipe), arguments.image)
     _print_warnings(recipe.warnings)
     from pipelines import submit
 
@@ -302,7 +305,7 @@ def _schedule(arguments: argparse.Namespace) -> int:
         return schedule.change(_access(arguments), arguments.name, arguments.action)
     from dqo.recipe import load
 
-    recipe = load(arguments.recipe)
+    recipe = _with_image(load(arguments.recipe), arguments.image)
     from pipelines import schedule
 
     if arguments.action is not None:
@@ -317,6 +320,16 @@ def _schedule(arguments: argparse.Namespace) -> int:
         arguments.mlflow_uri,
         arguments.service_account,
     )
+
+
+def _with_image(recipe: "Recipe", image: str | None) -> "Recipe":
+    if image is None:
+        return recipe
+    from dqo.recipe import parse
+
+    content = json.loads(recipe.to_json())
+    content["resources"]["image"] = image
+    return parse(json.dumps(content), "--image")
 
 
 def _access(arguments: argparse.Namespace) -> "Access":

@@ -269,6 +269,8 @@ class Server:
 
     def _silent(self, error: Exception) -> DQOError:
         cause = getattr(error, "reason", None) or error
+        if "NO_CERTIFICATE" in str(cause):
+            return DQOError(f"--ca-file {self._access.ca_file}: not a certificate in PEM; expected the authority's")
         if isinstance(cause, urllib3.exceptions.SSLError):
             return DQOError(
                 f"--host {self.host}: its certificate is not trusted ({cause}); give the authority that signed it, or "

@@ -158,10 +158,9 @@ def to_kubeflow(cron: str) -> str:
     if next(parsed, None) is None:
         raise DQOError(f"--cron {cron!r}: no such day comes")
     days = fields[4]
-    # A pair is a weekday with its place in the month, such as 5#2; it stays as it was written.
-    plain = sorted({day % 7 for day in parsed.weekdays if isinstance(day, int)})
-    if not days.startswith("*") and "7" in days.partition("/")[0] and len(plain) > 0:
-        days = ",".join(map(str, plain))
+    if not days.startswith("*") and "7" in days.partition("/")[0]:
+        # A pair of day and week is what `#` makes, which is refused above.
+        days = ",".join(str(day) for day in sorted({day % 7 for day in parsed.weekdays if isinstance(day, int)}))
     return " ".join(["0", *fields[:4], days])
 
 

@@ -73,6 +73,7 @@ class RunFollower(Follower):
         self._told: dict[str, set[str]] = {}
         self._heard = time.monotonic()
         self.state = ""
+        self.reason = ""
 
     def _read(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Ask once.
@@ -98,7 +99,7 @@ class RunFollower(Follower):
         if answer.error and answer.error.message:
             failures.append(answer.error.message)
         if failures:
-            self.error = "; ".join(failures)
+            self.reason = "; ".join(failures)
 
     def _events(self, stage: str, task: Any) -> Iterator[dict[str, Any]]:
         """What is new of a task, each thing once."""
@@ -143,7 +144,7 @@ def _iteration(task: Any, by_id: dict[str, Any]) -> int | None:
     """Number of the loop's iteration that a task is part of, from the names of what it stands below."""
     while task is not None:
         # Argo's `iteration-iterations(1:...)`, or `for-loop-1-iteration-1`
-        match = re.search(r"iteration\w*(?:-iterations?)?(?:\((\d+)|-(\d+))", task.display_name or "")
+        match = re.search(r"iteration[\w-]*?(?:\((\d+)|-(\d+))", task.display_name or "")
         if match:
             return int(match[1] or match[2])
         task = by_id.get(task.parent_task_id)
@@ -173,8 +174,8 @@ def _watch(console: Console, server: Server, recipe: Recipe, run_id: str) -> int
     except DQOError as error:
         raise DQOError(f"{error}\nThe run goes on: {server.run_link(run_id)}") from None
     console.print(f"Run {follower.state.lower()}", soft_wrap=True)
-    if follower.state != "SUCCEEDED" and follower.error:
-        console.print(f"  {follower.error}", soft_wrap=True, markup=False)
+    if follower.state != "SUCCEEDED" and follower.reason:
+        console.print(f"  {follower.reason}", soft_wrap=True, markup=False)
     return _ENDED[follower.state]
 
 

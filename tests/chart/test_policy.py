@@ -8,12 +8,14 @@ import pytest
 from helm import SCENARIOS, Rendered, render
 
 from components.trainjob import CALLS
+from pipelines.cli import _parser
 
 each_scenario = pytest.mark.parametrize("scenario", SCENARIOS)
 # What these tests know how to judge.
 KNOWN = set(
-    "ConfigMap Deployment Ingress NetworkPolicy PersistentVolumeClaim Pipeline PipelineVersion Pod PodDisruptionBudget "
-    "Role RoleBinding Secret Service ServiceAccount ServiceMonitor StatefulSet TrainingRuntime".split()
+    "ConfigMap Deployment Ingress Job NetworkPolicy PersistentVolumeClaim Pipeline PipelineVersion Pod "
+    "PodDisruptionBudget Role RoleBinding Secret Service ServiceAccount ServiceMonitor StatefulSet "
+    "TrainingRuntime".split()
 )
 
 
@@ -38,7 +40,7 @@ def pods(rendered: Rendered) -> list[Pod]:
         name = f"{thing['kind']} {thing['metadata']['name']}"
         if thing["kind"] == "Pod":
             found.append(Pod(name, thing["metadata"]["labels"], thing["spec"], True))
-        elif thing["kind"] in ("Deployment", "StatefulSet"):
+        elif thing["kind"] in ("Deployment", "Job", "StatefulSet"):
             template = thing["spec"]["template"]
             found.append(Pod(name, template["metadata"]["labels"], template["spec"], True))
         elif thing["kind"] == "TrainingRuntime":
@@ -65,7 +67,9 @@ def test_pods_fit_restricted_pod_security(scenario: str):
         assert context["seccompProfile"] == {"type": "RuntimeDefault"}, pod.name
         assert not any(spec.get(key) for key in ("hostNetwork", "hostPID", "hostIPC", "ephemeralContainers")), pod.name
         for volume in spec["volumes"]:
-            assert set(volume) - {"name"} <= {"configMap", "emptyDir", "persistentVolumeClaim", "secret"}, pod.name
+            assert set(volume) - {"name"} <= {
+                "configMap", "emptyDir", "persistentVolumeClaim", "projected", "secret",
+            }, pod.name  # fmt: skip
         for container in pod.containers:
             own = container["securityContext"]
             assert own["allowPrivilegeEscalation"] is False, pod.name
@@ -114,7 +118,8 @@ def test_only_the_runner_gets_a_token(scenario: str):
     assert with_token == ["dqo-runner"]
     for pod in pods(rendered):
         assert pod.spec["automountServiceAccountToken"] is False, pod.name
-        if pod.of_release:
+        registers = pod.labels.get("app.kubernetes.io/component") == "register"  # with a token for Kubeflow alone
+        if pod.of_release and not registers:
             assert accounts[pod.spec["serviceAccountName"]]["automountServiceAccountToken"] is False, pod.name
 
 
@@ -273,7 +278,8 @@ PROMETHEUS = Place({"app": "prometheus"}, "monitoring")
 DNS = Place({"k8s-app": "kube-dns"}, "kube-system")
 OUTSIDE = Place(None)
 MLFLOW, JUDGE, TEST = component("mlflow"), component("judge"), component("test")
-POSTGRESQL, SEAWEEDFS = component("postgresql"), component("seaweedfs")
+POSTGRESQL, SEAWEEDFS, REGISTER = component("postgresql"), component("seaweedfs"), component("register")
+KUBEFLOW = Place({"app": "ml-pipeline"}, "kubeflow")
 
 
 @pytest.mark.parametrize(
@@ -307,6 +313,12 @@ POSTGRESQL, SEAWEEDFS = component("postgresql"), component("seaweedfs")
         ("full", INGRESS, JUDGE, 8000, False),
         ("full", STRANGER, JUDGE, 8000, False),
         ("full", JUDGE, OUTSIDE, 443, True),
+        ("full", REGISTER, KUBEFLOW, 8888, True),
+        ("full", REGISTER, KUBEFLOW, 443, False),
+        ("full", REGISTER, DNS, 53, True),
+        ("full", REGISTER, OUTSIDE, 8888, False),
+        ("full", REGISTER, MLFLOW, 5000, False),
+        ("full", STRANGER, REGISTER, 8888, False),
         ("air-gapped", JUDGE, OUTSIDE, 443, False),
         ("air-gapped", JUDGE, DNS, 53, False),
         ("air-gapped", TASK, JUDGE, 8000, True),
@@ -318,6 +330,43 @@ POSTGRESQL, SEAWEEDFS = component("postgresql"), component("seaweedfs")
 )
 def test_the_network_lets_through_what_is_needed_and_nothing_else(scenario, source, target, port, expected):
     assert allowed(render(scenario), source, target, port) is expected
+
+
+@pytest.mark.parametrize(
+    ("host", "port"),
+    [("http://ml-pipeline.kubeflow.svc:8888", 8888), ("https://kf.example.com/pipeline", 443), ("http://kf", 80)],
+)
+def test_the_port_of_kubeflow_is_that_of_its_address(host: str, port: int):
+    rendered = render("minimal", "--set", f"register.enabled=true,register.host={host}")
+    assert {p for p in (80, 443, 3000, 8888) if allowed(rendered, REGISTER, KUBEFLOW, p)} == {port}
+
+
+def test_the_job_types_what_the_command_line_knows():
+    """Its arguments pass the parser, with and without a schedule, and the recipe is where they say."""
+    for rendered in (
+        render("full"),
+        render("minimal", "--set", "register.enabled=true,register.host=http://ml-pipeline.kubeflow.svc:8888"),
+    ):
+        (job,) = rendered.of("Job")
+        spec = job["spec"]["template"]["spec"]
+        (container,) = spec["containers"]
+        program, *words = container["command"] + container["args"]
+        assert program == "dqo"
+        typed = _parser().parse_args(words)
+        assert str(typed.image) == container["image"]
+        mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        volumes = {volume["name"]: volume for volume in spec["volumes"]}
+        assert str(typed.recipe.parent) == mounts["recipes"] and str(typed.token_file.parent) == mounts["token"]
+        recipes = rendered.one("ConfigMap", volumes["recipes"]["configMap"]["name"])["data"]
+        assert typed.recipe.name in recipes
+        (source,) = volumes["token"]["projected"]["sources"]
+        assert source["serviceAccountToken"]["audience"] == "pipelines.kubeflow.org"
+    assert words[0] == "submit" and typed.no_run
+    scheduled = render("full").of("Job")[0]["spec"]["template"]["spec"]["containers"][0]
+    typed = _parser().parse_args(scheduled["command"][1:] + scheduled["args"])
+    assert (typed.cron, typed.name, typed.namespace, typed.service_account) == (
+        "0 2 * * *", "nightly", "ml", "dqo-runner",
+    )  # fmt: skip
 
 
 def test_without_policies_the_network_is_open():

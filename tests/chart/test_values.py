@@ -47,6 +47,19 @@ S3 = {"mlflow.artifacts.kind": "s3", "mlflow.artifacts.bucket": "bucket"}
             "mlflow.persistence.existingClaim=c with mlflow.persistence.enabled",
         ),
         ({"workspace.existingClaim": "c"}, "workspace.existingClaim=c with workspace.enabled=false"),
+        ({"register.enabled": True}, "register.host is not set"),
+        (
+            {"register.enabled": True, "register.host": "http://k", "register.recipe": "no.yaml"},
+            "register.recipe=no.yaml: neither the chart nor recipes.extra",
+        ),
+        (
+            {"register.enabled": True, "register.host": "http://k", "recipes.enabled": False},
+            "register.enabled=true with recipes.enabled=false",
+        ),
+        (
+            {"register.enabled": True, "register.host": "http://k", "runner.serviceAccount.create": False},
+            "the Job runs as this account",
+        ),
         ({"judge.enabled": True}, "judge.model is not set"),
         ({"judge.enabled": True, "judge.model": "org/model", "offline": True}, "nowhere to take its model from"),
         ({"judge.enabled": True, "judge.model": "/models/m"}, "/models is the model cache"),
