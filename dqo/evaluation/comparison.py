@@ -350,17 +350,19 @@ def headline(result: Compared, position: int) -> str:
     ]
     more = [metric for metric in result.on(position, "better") if metric in measures]
     less = [metric for metric in result.on(position, "worse") if metric in measures]
-    count = f"of {len(measures)} measures"
+    total = len(measures)
     if not measures:
         diversity = f"{model} and {first} cannot be compared in diversity"
     elif more and less:
-        diversity = f"{model} is more diverse than {first} on {len(more)} {count} and less diverse on {len(less)}"
+        diversity = (
+            f"{model} is more diverse than {first} on {len(more)} of {total} measures and less diverse on {len(less)}"
+        )
     elif more or less:
         how = f"{'more' if more else 'less'} diverse than {first}"
-        found = more or less
-        diversity = f"{model} is {how} on {'all' if len(found) == len(measures) else len(found)} {count}"
+        found = len(more or less)
+        diversity = f"{model} is {how} on {f'all {total}' if found == total else f'{found} of {total}'} measures"
     else:
-        diversity = f"No difference in diversity between {model} and {first} is shown by any {count}"
+        diversity = f"No difference in diversity between {model} and {first} is shown by any of {total} measures"
     difference = result.differences.get("quality", [None] * len(result.models))[position]
     if not _known(difference) or difference is None:
         return f"{diversity}; quality cannot be compared."
