@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ def _log(store: str, experiment: str, result: Compared, page: str, document: str
 
     client = mlflow.MlflowClient()
     labels = [model.label for model in result.models]
+    run_id = None
     try:
         tags = {tracking.STAGE_TAG: "compare"}
         run_id = str(client.create_run(experiment, run_name=f"compare {', '.join(labels)}", tags=tags).info.run_id)
@@ -116,6 +118,9 @@ def _log(store: str, experiment: str, result: Compared, page: str, document: str
         run.tags({"mlflow.note.content": "\n\n".join(words)})
         run.finish()
     except (mlflow.exceptions.MlflowException, OSError) as error:
+        if run_id is not None:
+            with suppress(mlflow.exceptions.MlflowException):
+                client.set_terminated(run_id, "FAILED")
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise DQOError(
             f"MLflow at {tracking.public(store)!r} does not take the comparison ({reason}); what is printed "
