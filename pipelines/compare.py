@@ -133,12 +133,9 @@ def _figures(result: Compared) -> dict[str, Any]:
     """The figures of the MLflow run by file name."""
     models = comparison_report.results(result)
     differences = {
-        model.label: {
-            metric: found.interval for metric, row in result.differences.items() if (found := row[position]) is not None
-        }
-        for position, model in enumerate(models[1:], start=1)
+        metric: [None if one is None else one.interval for one in found] for metric, found in result.differences.items()
     }
-    drawn = {"differences.png": figures.differences_figure(differences, models[0].label)}
+    drawn = {"differences.png": figures.differences_figure(models, differences)}
     if result.same_n and figures.measured(models, "log_volume", "quality"):
         drawn["plane.png"] = figures.plane_figure(models, n=result.models[0].n)
     if any(rate is not None for row in result.win_rates for rate in row):
@@ -189,6 +186,7 @@ def _show(console: Console, result: Compared) -> None:
         console.print(Text(comparison.headline(result, position), style="bold"), soft_wrap=True)
         for sentence in comparison.details(result, position):
             console.print(Text(f"  {sentence}"), soft_wrap=True)
+    console.print("[dim]About these trained models on prompts like these, not about other training seeds.[/]")
     for warning in result.warnings:
         console.print(Text(f"! {warning}", style="yellow"), soft_wrap=True)
     console.print()

@@ -39,12 +39,13 @@ def evaluation(
         }
         qualities = own.uniform(0.0, 1.0, (len(prompts), n)).round(2)
         per_prompt["quality"] = qualities.mean(axis=1).tolist()
+        per_prompt["log_volume"] = [1.6 + value for value in per_prompt["log_volume"]]  # within its bounds for n = 4
         per_prompt["best_of_n"] = qualities.max(axis=1).tolist()
         document["models"][name] = {"metrics": {}, "per_prompt": per_prompt}
         rows += [
             {
                 "id": key, "prompt": f"Write about {key}.", "model": name,
-                "responses": [f"{name} says {'very ' * i}much of {key}" for i in range(n)],
+                "responses": [f"{name} says {'very ' * count}much of {key}" for count in own.integers(0, 5, n)],
                 "qualities": quality.tolist(), "truncated": [False] * n, "tokens": [5] * n,
             }
             for key, quality in zip(prompts, qualities, strict=True)

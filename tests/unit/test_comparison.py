@@ -13,12 +13,13 @@ from html_page import HOSTILE, Page
 from dqo.errors import DQOError
 from dqo.evaluation import comparison, comparison_report
 from dqo.evaluation.comparison import Conditions, Difference, compare, evaluated, outcome
-from dqo.evaluation.figures import measured
+from dqo.evaluation.figures import ModelResult, differences_figure, measured, win_rates_figure
 from dqo.evaluation.metrics import METRICS
 from dqo.evaluation.statistics import Interval, paired_p_value
 from dqo.evaluation.win_rate import length_controlled_win_rate
 
 PROMPTS = [f"p{i:02d}" for i in range(20)]
+NAN = math.nan
 SAME = Conditions(reward="r", encoder="e", sampling="s")
 
 
@@ -178,9 +179,11 @@ def test_the_matrix_is_the_same_from_both_sides(result):
     a, b = result.models[1], result.models[0]
     outcomes = [outcome(x["qualities"], y["qualities"]) for x, y in zip(a.rows, b.rows, strict=True)]
     lengths = [[np.mean([len(text) for text in row["responses"]]) for row in model.rows] for model in (a, b)]
-    if np.ptp(np.subtract(*lengths)) > 0:
-        direct = length_controlled_win_rate(outcomes, *lengths)
-        assert result.win_rates[1][0].controlled.mean == pytest.approx(direct.controlled.mean, abs=1e-6)
+    direct = length_controlled_win_rate(outcomes, *lengths)
+    mirrored = result.win_rates[1][0]
+    assert mirrored.controlled.mean == pytest.approx(direct.controlled.mean, abs=1e-6)
+    assert mirrored.controlled.low == pytest.approx(direct.controlled.low, abs=0.01)
+    assert mirrored.length_effect == pytest.approx(direct.length_effect, abs=1e-6)
 
 
 def test_a_constant_difference_in_length_cannot_be_controlled():
@@ -355,3 +358,28 @@ def test_models_with_one_key_get_looks_of_their_own():
     assert len({model.name for model in measured(found, "quality")}) == 8
     alone = comparison_report.results(compare(models({"sft": 0.0, "dqo": 0.1})))
     assert [model.name for model in alone] == ["sft", "dqo"]
+
+
+# --- figures ---
+
+
+def test_the_figure_of_differences_draws_each_row_on_its_own_scale():
+    named = [ModelResult(name, name.upper(), {}) for name in ("sft", "dqo", "base")]
+    found = {"quality": [None, Interval(0.1, 0.05, 0.2), Interval(-0.4, -0.5, -0.3)],
+             "vendi_score": [None, Interval(2.0, 1.0, 4.0), Interval(NAN, NAN, NAN)]}  # fmt: skip
+    figure = differences_figure(named, found)
+    figure.draw_without_rendering()
+    first, second = figure.axes
+    assert [label.get_text() for label in first.get_yticklabels()] == ["Vendi score", "Quality"]
+    assert [axes.get_title(loc="left") for axes in (first, second)] == ["DQO", "BASE"]
+    drawn = {container[0].get_ydata()[0]: container[0].get_xdata()[0] for container in first.containers}
+    assert drawn == {0: pytest.approx(0.5), 1: pytest.approx(0.2)}
+    assert [container[0].get_ydata()[0] for container in second.containers] == [1]
+
+
+def test_the_figure_of_win_rates_shows_every_pair():
+    rate = Interval(0.25, 0.2, 0.3)
+    figure = win_rates_figure(["a", "b"], [[None, rate], [Interval(0.75, 0.7, 0.8), None]])
+    figure.draw_without_rendering()
+    texts = {text.get_position(): text.get_text() for text in figure.axes[0].texts}
+    assert texts == {(1, 0): "25%\n[20, 30]", (0, 1): "75%\n[70, 80]"}
