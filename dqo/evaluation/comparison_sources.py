@@ -122,9 +122,8 @@ def _experiment_of(folder: Path, uri: str | None) -> str | None:
     result = folder / "result.json"
     try:
         content = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
-        return (
-            content["mlflow_experiment"] if uri is not None and content["mlflow_uri"] == tracking.public(uri) else None
-        )
+        same_store = uri is not None and content["mlflow_uri"] == tracking.public(uri)
+        return content["mlflow_experiment"] if same_store else None
     except (ValueError, KeyError, TypeError):
         return None
 
@@ -166,9 +165,10 @@ def _from_run(client: "MlflowClient", given: str, run: "Run", model: str, name: 
         name: What to call it; `None` for a name made of the run's.
     """
     stage = run.data.tags.get(tracking.STAGE_TAG)
+    above = run.data.tags.get(tracking.PARENT_TAG)
     parent = run if stage == "pipeline" else None
-    if parent is None and stage in ("prepare", "sft", "rl", "model", "evaluate", "register"):
-        parent = client.get_run(run.data.tags[tracking.PARENT_TAG])
+    if above is not None and stage in ("prepare", "sft", "rl", "model", "evaluate", "register"):
+        parent = client.get_run(above)
     if parent is None:
         raise DQOError(
             f"{given}: the run {run.info.run_name!r} ({stage or 'of another program'}) is not one of a pipeline and "
@@ -186,9 +186,8 @@ def _from_run(client: "MlflowClient", given: str, run: "Run", model: str, name: 
         one = _read(given, Path(folder), model or trained, f"of MLflow run {evaluation.info.run_id}", text)
     one = replace(one, run_id=evaluation.info.run_id)
     if name is not None:
-        return _Found(
-            one, (f"{name}:{model}" if model and model != trained else name, given), parent.info.experiment_id
-        )
+        label = f"{name}:{model}" if model and model != trained else name
+        return _Found(one, (label, given), parent.info.experiment_id)
     names = _names(one.model, parent.info.run_name or given, evaluation.info.run_id[:6])
     return _Found(one, names, parent.info.experiment_id)
 
