@@ -112,6 +112,7 @@ _ARGUMENTS = {
     "mlflow_uri": '"http://mlflow:5000"',
     "library": '"0.1.0"',
     "source": '"1"',
+    "skip_unchanged": "False",
     "variant": '"dqo"',
     "pipeline_run": "dsl.PIPELINE_JOB_NAME_PLACEHOLDER",
     "data": 'prepared.outputs["data"]',
@@ -128,6 +129,8 @@ def component_page(name: str) -> str:
     component = getattr(module, name)
     doc = docstring_parser.parse(component.python_func.__doc__)
     described = {item.arg_name: " ".join((item.description or "").split()) for item in doc.params}
+    if doc.returns is not None:  # what Kubeflow calls a single returned value
+        described["Output"] = " ".join((doc.returns.description or "").split())
     purpose = (module.__doc__ or "").partition(": ")[2].strip()
     spec = component.component_spec
     given = [key for key, port in spec.inputs.items() if port.type != "PipelineTaskFinalStatus"]

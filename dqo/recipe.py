@@ -679,19 +679,27 @@ class Tracking(_Section):
         return uri
 
 
+ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
+
+
 class Distributed(_Section):
-    """How many processes train a stage, on one machine, and what of the model each of them holds."""
+    """How many processes train a stage, on how many machines, and what of the model each of them holds."""
 
     processes: Positive | None = None
-    """Training processes, one an accelerator; `null` takes `resources.accelerator_count`, or one without an
-    accelerator. On a machine without accelerators they share its processors."""
+    """Training processes of each node, one an accelerator; `null` takes `resources.accelerator_count`, or one without
+    an accelerator. On a machine without accelerators they share its processors."""
+    nodes: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Machines that train a stage together. More than one needs a cluster with Kubeflow Trainer, `resources` for each
+    of them, and `resources.workspace_claim`, which all of them mount (docs/operations.md)."""
+    runtime: ObjectName = "dqo-torch"
+    """TrainingRuntime of Kubeflow Trainer that training over several nodes starts from; the chart's is
+    `<fullname>-torch`."""
     strategy: Literal["ddp", "fsdp", "zero2", "zero3"] = "ddp"
     """`ddp`: all of the model in each process. `zero2`: gradients and optimiser state are split. `fsdp`, `zero3`: the
     weights too. All but `ddp` need accelerators, `zero2` and `zero3` the extra `gpu` (DeepSpeed)."""
 
 
 Quantity = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(Ki|Mi|Gi|Ti)$")]
-ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
 Hours = Annotated[float, Field(gt=0.0, le=24 * 365)]
 Step = Literal["prepare", "sft", "rl", "evaluate", "register"]
 
@@ -954,11 +962,12 @@ class Recipe(_Section):
                 f"resources.accelerator_count: got {accelerators} without resources.accelerator; expected its name, "
                 "e.g. nvidia.com/gpu, or distributed.processes for processes without accelerators"
             )
-        elif self.resources.accelerator is not None and self.processes != accelerators:
+        elif self.resources.accelerator is not None and self.processes_per_node != accelerators:
             problems.append(
-                f"distributed.processes: got {self.processes} with resources.accelerator_count {accelerators}; "
-                "expected one process an accelerator: leave distributed.processes out, or give both the same number"
+                f"distributed.processes: got {self.processes_per_node} with resources.accelerator_count {accelerators}"
+                "; expected one process an accelerator: leave distributed.processes out, or give both the same number"
             )
+        problems += self._nodes_fit()
         if strategy != "ddp" and self.processes == 1:
             problems.append(
                 f"distributed.strategy: got {strategy!r} with one process, which has nobody to split the model with; "
@@ -979,10 +988,10 @@ class Recipe(_Section):
         rollout = self.rl.rollout
         if rollout.engine != "vllm":
             return problems
-        if self.processes % rollout.tensor_parallel_size:
+        if self.processes_per_node % rollout.tensor_parallel_size:
             problems.append(
                 f"rl.rollout.tensor_parallel_size: got {rollout.tensor_parallel_size}; expected a divisor of the "
-                f"{self.processes} training processes"
+                f"{self.processes_per_node} training processes" + (" of a node" if self.distributed.nodes > 1 else "")
             )
         longest = self.data.max_prompt_tokens + self.rl.sampling.max_new_tokens
         if rollout.max_model_length is not None and rollout.max_model_length < longest:
@@ -992,9 +1001,32 @@ class Recipe(_Section):
             )
         return problems
 
+    def _nodes_fit(self) -> list[str]:
+        """What is missing for training on several nodes."""
+        problems: list[str] = []
+        nodes = self.distributed.nodes
+        if nodes == 1:
+            return problems
+        if self.resources.accelerator is None and self.distributed.processes is None:
+            problems.append(
+                f"distributed.nodes: got {nodes} with neither accelerators nor a number of processes; expected "
+                "resources.accelerator, or distributed.processes for processes without accelerators"
+            )
+        if self.resources.workspace_claim is None:
+            problems.append(
+                f"distributed.nodes: got {nodes} without resources.workspace_claim; expected the name of a volume "
+                "claim that all nodes can write (ReadWriteMany), through which they share data and checkpoints"
+            )
+        return problems
+
     @property
     def processes(self) -> int:
-        """Training processes: `distributed.processes`, else one an accelerator."""
+        """Training processes of all nodes together."""
+        return self.distributed.nodes * self.processes_per_node
+
+    @property
+    def processes_per_node(self) -> int:
+        """Training processes of each node: `distributed.processes`, else one an accelerator."""
         if self.distributed.processes is not None:
             return self.distributed.processes
         return self.resources.accelerator_count if self.resources.accelerator is not None else 1

@@ -16,15 +16,28 @@ from pipelines import local
 from pipelines.display import Follower, summary, watch
 
 
-def run(recipe: Recipe, recipe_path: Path, out: Path, fresh: bool) -> int:
+def run(
+    recipe: Recipe, recipe_path: Path, out: Path, fresh: bool, runner: str = "subprocess", network: str | None = None
+) -> int:
     """Run a recipe's pipeline on this machine, show its progress and its result; returns the exit status.
+
+    Args:
+        recipe: The recipe.
+        recipe_path: Its file.
+        out: Folder of runs.
+        fresh: Forget finished stages and checkpoints.
+        runner: `subprocess`, or `docker` for a container each stage.
+        network: Docker network of the containers; None chooses one.
 
     Raises:
         DQOError: If it cannot start, or a stage stopped for a reason that the user can change.
     """
     console = Console(highlight=False)
+    if network is not None and runner != "docker":
+        raise DQOError("--network: is for containers; expected --runner docker with it")
     where = () if out == Path("runs") else ("--out", out)
-    again = dqo_command("run", recipe_path, *where)
+    how = (*(("--runner", runner) if runner == "docker" else ()), *(("--network", network) if network else ()))
+    again = dqo_command("run", recipe_path, *where, *how)
     folder = local.RunFolder.of(recipe, out)
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
@@ -34,7 +47,8 @@ def run(recipe: Recipe, recipe_path: Path, out: Path, fresh: bool) -> int:
     console.print(f"Recipe [bold]{recipe.name}[/] ({recipe.digest}); log: {short(folder.log)}", soft_wrap=True)
     progress = folder.workspace / "progress" / f"{recipe.name}-{recipe.digest}.jsonl"
     follower = Follower(recipe, progress, fresh)
-    process = local.start(recipe, folder, fresh)
+    docker = local.Docker(network=network) if runner == "docker" else None
+    process = local.start(recipe, folder, fresh, docker)
     try:
         watch(console, follower, process)
     except KeyboardInterrupt:
@@ -44,6 +58,11 @@ def run(recipe: Recipe, recipe_path: Path, out: Path, fresh: bool) -> int:
             f"Interrupted. Nothing is lost behind the newest checkpoint; continue with:\n  {again}", soft_wrap=True
         )
         return 130
+    finally:
+        if docker is not None:
+            from pipelines.containers import stop_all
+
+            stop_all(docker.token)  # should the runner have been killed
     if process.returncode != 0 or not folder.result.is_file():
         reason = follower.error or _last_lines(folder.log)
         raise DQOError(f"{reason}\nThe log is {short(folder.log)}. When it is mended, continue with:\n  {again}")

@@ -9,13 +9,14 @@ import importlib.util
 import json
 import os
 import resource
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -83,8 +84,27 @@ def tracking_uri(recipe: Recipe, root: Path) -> str:
     return recipe.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(root)
 
 
-def start(recipe: Recipe, folder: RunFolder, fresh: bool) -> subprocess.Popen[bytes]:
+@dataclass(frozen=True)
+class Docker:
+    """Run the stages in containers.
+
+    Attributes:
+        token: Tells the containers of this call from others.
+        network: Docker network; None chooses one.
+    """
+
+    token: str = field(default_factory=lambda: secrets.token_hex(6))
+    network: str | None = None
+
+
+def start(recipe: Recipe, folder: RunFolder, fresh: bool, docker: Docker | None = None) -> subprocess.Popen[bytes]:
     """Check everything that can be checked at once, compile, and start the runner's process.
+
+    Args:
+        recipe: The recipe.
+        folder: Where its runs are.
+        fresh: Forget what is there.
+        docker: Run the stages in containers of `resources.image`; None runs them in processes.
 
     Raises:
         DQOError: If the data, a model, the reward or MLflow cannot be used; nothing has been started then.
@@ -108,7 +128,12 @@ def start(recipe: Recipe, folder: RunFolder, fresh: bool) -> subprocess.Popen[by
     ]
     uri = tracking_uri(recipe, folder.root)
     check_reachable(uri)
-    if recipe.rl.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+    containers = None
+    if docker is not None:
+        from pipelines.containers import prepare
+
+        containers = prepare(recipe, folder.root, uri, docker.network, docker.token)
+    elif recipe.rl.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise DQOError(
             "rl.rollout.engine: got 'vllm', which is not installed here; install dqo-pipelines[gpu] on a machine with "
             "a GPU, or use 'transformers'"
@@ -120,6 +145,13 @@ def start(recipe: Recipe, folder: RunFolder, fresh: bool) -> subprocess.Popen[by
         shutil.rmtree(folder.path, ignore_errors=True)
         shutil.rmtree(folder.workspace, ignore_errors=True)
     _drop_stale_cache(recipe, folder, uri)
+    library = library_digest()
+    if containers is not None:
+        from pipelines.containers import check, image_identity
+
+        folder.path.mkdir(parents=True, exist_ok=True)
+        (folder.path / "artifacts").mkdir(exist_ok=True)
+        library = f"{check(containers, uri)} {image_identity(containers.image)}"
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.result.unlink(missing_ok=True)
     write_text(folder.path / "recipe.yaml", recipe.to_yaml())
@@ -128,10 +160,13 @@ def start(recipe: Recipe, folder: RunFolder, fresh: bool) -> subprocess.Popen[by
         "recipe_json": recipe.to_json(),
         "workspace": str(folder.workspace),
         "mlflow_uri": uri,
-        "library": " ".join([library_digest(), *models]),
+        "library": " ".join([library, *models]),
         "source": source,
     }
     write_text(folder.path / "arguments.json", json.dumps(arguments, indent=1))
+    (folder.path / "containers.json").unlink(missing_ok=True)
+    if containers is not None:
+        write_text(folder.path / "containers.json", containers.to_json())
     environment = os.environ | {
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
@@ -186,16 +221,16 @@ def _require_idle(workspace: Path) -> None:
 
 def _drop_stale_cache(recipe: Recipe, folder: RunFolder, uri: str) -> None:
     """Kubeflow's cache remembers the MLflow run; forget it when that run is gone (another or a deleted store)."""
-    import mlflow
+    from mlflow import MlflowClient
+
+    from dqo.mlflow_errors import in_words
+    from dqo.tracking import is_active
 
     remembered = folder.workspace / "runs" / f"{recipe.name}-{recipe.digest}.json"
     if not remembered.is_file():
         return
-    try:
-        run = mlflow.MlflowClient(uri).get_run(json.loads(remembered.read_text(encoding="utf-8"))["run_id"])
-        alive = run.info.lifecycle_stage == "active"
-    except mlflow.exceptions.MlflowException:
-        alive = False
+    with in_words("look for the run that this pipeline continues"):
+        alive = is_active(MlflowClient(uri), json.loads(remembered.read_text(encoding="utf-8"))["run_id"])
     if not alive:
         remembered.unlink()
         shutil.rmtree(folder.path / "cache", ignore_errors=True)
@@ -219,8 +254,14 @@ def _main(path: Path) -> None:
 
     arguments = json.loads((path / "arguments.json").read_text(encoding="utf-8"))
     recipe = parse(arguments["recipe_json"])
+    runner = local.SubprocessRunner(use_venv=False)
+    if (path / "containers.json").is_file():
+        from pipelines.containers import Containers, fetch_models, run_pipeline_in
+
+        fetch_models(recipe)
+        runner = run_pipeline_in(Containers(**json.loads((path / "containers.json").read_text(encoding="utf-8"))))
     local.init(
-        local.SubprocessRunner(use_venv=False),
+        runner,
         pipeline_root=str(path / "artifacts"),
         enable_caching=True,
         cache_root=str(path / "cache"),

@@ -43,6 +43,7 @@ def build(recipe: Recipe, cluster: bool = True) -> Any:
         mlflow_uri: str = recipe.tracking.uri or "",
         library: str = "",
         source: str = "",
+        skip_unchanged: bool = False,
     ):
         """Run prepare, SFT, RL, evaluate and register.
 
@@ -52,15 +53,20 @@ def build(recipe: Recipe, cluster: bool = True) -> Any:
             mlflow_uri: MLflow tracking URI.
             library: Version and source digest of the library, and the models' identities; part of the cache key.
             source: Digest of the data source, part of the cache key.
+            skip_unchanged: End after preparation where an earlier run has finished with this recipe and these data.
         """
         where = {"recipe": recipe_json, "workspace": workspace, "mlflow_uri": mlflow_uri}
         shared = {**where, "library": library}
         light, heavy = (place_light, place_heavy) if cluster else (_as_it_is, _as_it_is)
         with _handler(recipe, where) if cluster else nullcontext():
-            prepared = light(prepare(source=source, **shared), recipe, "prepare")
+            prepared = light(prepare(source=source, skip_unchanged=skip_unchanged, **shared), recipe, "prepare")
             if cluster:
                 prepared.after(light(preflight(**where), recipe))
-            _train(recipe, prepared.outputs["data"], shared, light, heavy)
+                # A cluster's data may change where the cache can't see it.
+                prepared.set_caching_options(recipe.resources.caching.get("prepare", False))
+            # Only a cluster's runs start by the clock.
+            with dsl.If(prepared.outputs["Output"] == "changed", name="changed") if cluster else nullcontext():
+                _train(recipe, prepared.outputs["data"], shared, light, heavy)
 
     return pipeline
 

@@ -33,8 +33,13 @@ def place_light(task: dsl.PipelineTask, recipe: Recipe, step: Step | None = None
 
 
 def place_heavy(task: dsl.PipelineTask, recipe: Recipe, step: Step) -> dsl.PipelineTask:
-    """Settings of a task that trains or samples: processors, memory, accelerators, and the nodes that have them."""
+    """Settings of a task that trains or samples: processors, memory, accelerators, and the nodes that have them.
+
+    A task that has several nodes train for it only waits for them, so it asks for little itself.
+    """
     resources = recipe.resources
+    if recipe.distributed.nodes > 1 and step in ("sft", "rl"):
+        return place_light(task, recipe, step)
     task.set_cpu_request(resources.cpu)
     task.set_memory_limit(resources.memory)
     if resources.accelerator is not None:
@@ -84,7 +89,8 @@ def _everywhere(task: dsl.PipelineTask, recipe: Recipe, step: Step | None) -> ds
         return task
     task.set_caching_options(resources.caching.get(step, True))
     hours = resources.timeouts.get(step)
-    if hours is not None:
+    # The deadline of training on several nodes is that of its TrainJob, which does not count the time in a queue.
+    if hours is not None and (recipe.distributed.nodes == 1 or step not in ("sft", "rl")):
         kubernetes.set_timeout(task, round(hours * 3600))
     retries = resources.retries
     if retries.count:

@@ -272,7 +272,8 @@ def _label_points(
     frame = Box(*(edge / point for edge in axes.get_window_extent().extents))
     sizes = [(extent.width / point, extent.height / point) for extent in extents]
     for text, box in zip(texts, place_labels(anchors, sizes, obstacles, frame), strict=True):
-        text.set(transform=None, position=(box.x0 * point, box.y0 * point), verticalalignment="bottom")
+        # In inches: a picture saved at another resolution than the figure's keeps its labels.
+        text.set(transform=figure.dpi_scale_trans, position=(box.x0 / 72, box.y0 / 72), verticalalignment="bottom")
         text.set_in_layout(False)
 
 

@@ -5,7 +5,15 @@ from typing import Any
 
 from dqo import tracking
 from dqo.stages.context import Context
-from dqo.tracking import ERROR_TAG, KUBEFLOW_TAG, KUBEFLOW_VARIABLE, MESSAGE_LENGTH, PARENT_TAG, STAGE_TAG
+from dqo.tracking import (
+    ERROR_TAG,
+    KUBEFLOW_TAG,
+    KUBEFLOW_VARIABLE,
+    MESSAGE_LENGTH,
+    PARENT_TAG,
+    STAGE_TAG,
+    UNCHANGED_TAG,
+)
 
 STATE_TAG = "dqo.state"
 FAILED_TASK_TAG = "dqo.failed_task"
@@ -44,6 +52,10 @@ def run(context: Context, state: str, task: str = "", message: str = "") -> list
         else f"tags.`dqo.recipe_digest` = '{recipe.digest}' and attributes.status = 'RUNNING'"
     )
     parents = list(client.search_runs([experiment], f"tags.`{STAGE_TAG}` = 'pipeline' and {which}"))
+    if not parents and state not in _STATUS and kubeflow:
+        unchanged = f"tags.`{UNCHANGED_TAG}` = '{kubeflow}'"
+        if client.search_runs([experiment], unchanged, max_results=1):
+            return []  # it stopped after preparation, on purpose
     if not parents and state != "SUCCEEDED":
         tags = {STAGE_TAG: "pipeline"} | tracking.recipe_tags(recipe) | tracking.kubeflow_tags()
         parents = [client.create_run(experiment, run_name=recipe.name, tags=tags)]

@@ -1,0 +1,126 @@
+"""A Docker engine, a base image and the images, each made where it is not there."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import docker
+import pytest
+from docker.errors import DockerException, ImageNotFound
+
+ROOT = Path(__file__).parents[2]
+BASE = "python:3.11-slim-bookworm"
+STAND_IN = "dqo-test-base:bookworm"
+PACKAGES = "ca-certificates,python3,python3-pip,python3-venv,netbase,tzdata"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.container)
+            item.add_marker(pytest.mark.timeout(1800))
+
+
+def _answers() -> bool:
+    try:
+        return docker.from_env().ping()
+    except (DockerException, OSError):
+        return False
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[docker.DockerClient]:
+    """The Docker engine of this machine, or one started for these tests; skips, saying why, where neither can be."""
+    if _answers():
+        yield docker.from_env()
+        return
+    if os.geteuid() != 0 or shutil.which("dockerd") is None:
+        pytest.skip("no Docker engine answers, and starting one needs root and dockerd (Debian: docker.io)")
+    folder = Path(tempfile.mkdtemp(prefix="dqo-docker-"))
+    saved = os.environ.get("DOCKER_HOST")
+    os.environ["DOCKER_HOST"] = address = f"unix://{folder}/docker.sock"
+    command = ["dockerd", "--data-root", folder / "data", "--exec-root", folder / "exec"]
+    command += ["-p", folder / "pid", "-H", address]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log)
+    try:
+        end = time.time() + 30
+        while not _answers():
+            if process.poll() is not None or time.time() > end:
+                last = (folder / "log").read_text(errors="replace").strip().splitlines()[-1:]
+                pytest.skip(f"dockerd cannot start here: {last}")
+            time.sleep(0.3)
+        yield docker.from_env()
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.environ.pop("DOCKER_HOST") if saved is None else os.environ.update(DOCKER_HOST=saved)
+
+
+@pytest.fixture(scope="session")
+def base(engine: docker.DockerClient, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The base image, or where no registry is in reach, Debian's Python in its place."""
+    for name in (BASE, STAND_IN):
+        try:
+            return engine.images.get(name).tags[0]
+        except ImageNotFound:
+            continue
+    try:
+        pulled = subprocess.run(["docker", "pull", "--quiet", BASE], capture_output=True, timeout=300)
+    except (subprocess.TimeoutExpired, FileNotFoundError):
+        pulled = None
+    if pulled is not None and pulled.returncode == 0:
+        return BASE
+    if os.geteuid() != 0 or shutil.which("debootstrap") is None:
+        pytest.skip(f"{BASE} cannot be pulled, and standing in for it needs root and debootstrap")
+    root = tmp_path_factory.mktemp("base") / "root"
+    made = subprocess.run(
+        ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", root], capture_output=True, text=True
+    )
+    if made.returncode != 0:
+        pytest.skip(f"{BASE} cannot be pulled, and debootstrap fails: {made.stdout.strip().splitlines()[-1:]}")
+    for path in root.glob("usr/lib/python3*/EXTERNALLY-MANAGED"):
+        path.unlink()
+    for name in ("python", "pip"):
+        (root / "usr/local/bin" / name).symlink_to(f"/usr/bin/{name}3")
+    # This machine's way to its package index: certificates, and a folder of wheels.
+    authorities = root / "usr/local/share/ca-certificates"
+    for path in Path("/usr/local/share/ca-certificates").rglob("*.crt"):
+        shutil.copy(path, authorities)
+    subprocess.run(["chroot", root, "update-ca-certificates"], check=True, capture_output=True)
+    settings = ["[global]", "cert = /etc/ssl/certs/ca-certificates.crt"]
+    wheels = Path(os.environ.get("PIP_FIND_LINKS") or "/nowhere")
+    if wheels.is_dir():
+        (root / "wheels").mkdir()
+        for path in wheels.glob("torch-*+cpu-*.whl"):
+            shutil.copy(path, root / "wheels")
+        settings.append("find-links = /wheels")
+    (root / "etc/pip.conf").write_text("\n".join(settings) + "\n")
+    certificates = "/etc/ssl/certs/ca-certificates.crt"
+    change = f"ENV SSL_CERT_FILE={certificates} REQUESTS_CA_BUNDLE={certificates}"
+    packed = subprocess.Popen(["tar", "-C", root, "-c", "."], stdout=subprocess.PIPE)
+    subprocess.run(
+        ["docker", "import", "--change", change, "-", STAND_IN], stdin=packed.stdout, check=True, capture_output=True
+    )
+    assert packed.wait() == 0
+    return STAND_IN
+
+
+@pytest.fixture(scope="session")
+def images(base: str) -> dict[str, str]:
+    """Names of the images, built from this working tree."""
+    built = subprocess.run(
+        [ROOT / "images/build.sh", "trainer", "evaluator", "mlflow"],
+        env={**os.environ, "ENGINE": "docker", "BASE": base, "TAG": "test"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert built.returncode == 0, built.stdout[-4000:]
+    print(built.stdout[built.stdout.rindex("dqo-trainer") :])
+    return {name: f"dqo-{name}:test" for name in ("trainer", "evaluator", "mlflow")}

@@ -1,0 +1,65 @@
+"""What the images hold, and under which restrictions they work."""
+
+import json
+
+import docker
+import pytest
+from docker.errors import ContainerError
+
+from pipelines.local import library_digest
+
+RESTRICTED = {
+    "read_only": True,
+    "tmpfs": {"/tmp": "mode=1777"},
+    "cap_drop": ["ALL"],
+    "security_opt": ["no-new-privileges"],
+    "network_mode": "none",
+    "remove": True,
+}
+TOOLS = "gcc g++ cc make cmake ld git curl wget uv"
+
+
+def python(engine: docker.DockerClient, image: str, code: str, **options) -> str:
+    return engine.containers.run(image, ["python", "-c", code], stderr=False, **RESTRICTED, **options).decode().strip()
+
+
+@pytest.mark.parametrize("name", ["trainer", "evaluator", "mlflow"])
+def test_an_image_holds_no_tools_and_no_secrets(engine, images, name):
+    image = engine.images.get(images[name])
+    config = image.attrs["Config"]
+    assert config["User"] == "10001:10001"
+    labels = config["Labels"]
+    assert labels["org.opencontainers.image.version"] == "0.1.0"
+    assert labels["org.opencontainers.image.licenses"] == "Apache-2.0" and labels["org.opencontainers.image.title"]
+    look = (
+        f"id -u; for each in {TOOLS}; do command -v $each; done;"
+        "ls -d /build /root/.cache /opt/venv/bin/pip* 2>/dev/null;"
+        "touch /opt/venv/x 2>/dev/null; touch /etc/x 2>/dev/null"
+    )
+    seen = engine.containers.run(images[name], ["bash", "-c", f"({look}) ; true"], stderr=False, remove=True)
+    assert seen.decode().split() == ["10001"]
+    told = json.dumps(config) + json.dumps(image.history())
+    assert not any(word in told.lower() for word in ("token=", "password=", "secret=", "hf_token"))
+
+
+@pytest.mark.parametrize("name", ["trainer", "evaluator"])
+@pytest.mark.parametrize("user", ["10001", "4711"])
+def test_the_library_works_for_any_user_on_a_read_only_root(engine, images, name, user):
+    code = (
+        "import torch, trl, matplotlib.pyplot, mlflow, kfp, dqo.stages.evaluate, getpass;"
+        "from dqo.bundled import bundled_models; from pipelines.local import library_digest;"
+        "assert all(bundled_models().values()) and getpass.getuser();"
+        "torch.save(torch.ones(2), '/tmp/x'); print(library_digest())"
+    )
+    assert python(engine, images[name], code, user=user).splitlines()[-1] == library_digest()
+
+
+def test_the_trainer_has_nothing_of_development_and_no_way_to_install(engine, images):
+    for module in ("pytest", "ruff", "pip"):
+        with pytest.raises(ContainerError, match="ModuleNotFoundError"):
+            engine.containers.run(images["trainer"], ["python", "-c", f"import {module}"], **RESTRICTED)
+
+
+def test_the_server_has_what_the_chart_asks_for(engine, images):
+    code = "import boto3, psycopg2, flask_wtf, prometheus_flask_exporter, mlflow; print(mlflow.__version__)"
+    assert python(engine, images["mlflow"], code).startswith("3.17.")

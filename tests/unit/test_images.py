@@ -1,0 +1,95 @@
+"""The files that images are built from, and what `dqo run --runner docker` says where it cannot run."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dqo.errors import DQOError
+from dqo.recipe import parse
+from pipelines.containers import Containers, _network, _readable, _writable, client
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted(ROOT.glob("images/*/Containerfile"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.parent.name)
+def test_hadolint_finds_nothing(path):
+    hadolint = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run([hadolint, path], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_there_are_three_images_and_none_names_a_registry():
+    assert [path.parent.name for path in FILES] == ["evaluator", "mlflow", "trainer"]
+    for path in [*FILES, ROOT / "images/install.sh", ROOT / "images/mlflow/requirements.txt"]:
+        assert not re.search(r"https?://|index-url [a-z/]|[a-z]\.(io|com|org)/", path.read_text()), path
+
+
+def test_the_lock_of_the_server_holds_what_it_asks_for_and_the_trainers_mlflow():
+    def pins(path: str) -> dict[str, str]:
+        lines = (ROOT / path).read_text().splitlines()
+        return dict(line.split(" ")[0].split("==") for line in lines if "==" in line and not line.startswith("#"))
+
+    server, trainer = pins("images/mlflow/requirements.txt"), pins("constraints.txt")
+    asked = [re.match(r"[\w-]+", line).group() for line in (ROOT / "images/mlflow/requirements.in").read_text().split()]
+    assert {name.replace("_", "-") for name in asked} <= set(server)
+    assert server["mlflow"] == trainer["mlflow"]
+
+
+def test_an_engine_is_chosen_and_a_wrong_one_refused(tmp_path):
+    (tmp_path / "buildah").write_text('#!/bin/sh\necho "$@" >> "$LOG"\n')
+    (tmp_path / "buildah").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:/usr/bin:/bin", "LOG": str(tmp_path / "log"), "BASE": "mine:1"}
+    script = ROOT / "images/build.sh"
+    done = subprocess.run([script, "mlflow"], env={**environment, "ENGINE": "buildah"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    asked = (tmp_path / "log").read_text()
+    assert "--build-arg BASE=mine:1 -f images/mlflow/Containerfile -t dqo-mlflow:0.1.0 ." in asked
+    for name, engine, words in (("mlflow", "rkt", "expected docker, podman"), ("x", "buildah", "no image 'x'")):
+        done = subprocess.run([script, name], env={**environment, "ENGINE": engine}, capture_output=True, text=True)
+        assert done.returncode == 2 and words in done.stderr
+
+
+def test_without_an_engine(monkeypatch):
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere/docker.sock")
+    with pytest.raises(DQOError, match=r"no Docker engine answers at unix:///nowhere/docker\.sock"):
+        client()
+
+
+@pytest.mark.parametrize(
+    ("uri", "network"),
+    [
+        ("sqlite:////x/mlflow.db", "none"),
+        ("http://127.0.0.1:5000", "host"),
+        ("http://localhost:5000", "host"),
+        ("https://mlflow.example", "bridge"),
+    ],
+)
+def test_the_network_is_the_least_that_reaches_mlflow(uri, network):
+    assert _network(parse('{"name": "x"}'), uri) == network
+
+
+def test_models_and_data_are_read_only_and_only_folders_of_runs_are_not(tiny_policy, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    recipe = parse(f'{{"name": "x", "policy": {{"model": "{tiny_policy}"}}, "data": {{"source": "{rows}"}}}}')
+    readable = _readable(recipe)
+    assert readable[str(tiny_policy)] == str(tiny_policy) and readable[str(rows)] == str(rows)
+    assert "/tmp/.cache/dqo/models" in readable.values()  # the bundled encoder
+    root = tmp_path / "runs"
+    assert _writable(root, f"sqlite:///{root}/mlflow.db") == [str(root)]
+    assert _writable(root, f"sqlite:///{tmp_path}/store/mlflow.db") == [str(root), str(tmp_path / "store")]
+    with pytest.raises(DQOError, match="name the whole path"):
+        _readable(parse('{"name": "x", "data": {"source": "rows.jsonl"}}'))
+
+
+def test_no_secret_stands_in_the_settings_that_go_to_a_file(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hidden-one")
+    settings = Containers("i", "r", "1:1", "none", [], {}, {"A": "b"}, ["MLFLOW_TRACKING_PASSWORD"])
+    assert "hidden-one" not in settings.to_json()
+    arguments = settings.arguments()
+    assert arguments["environment"] == {"A": "b", "MLFLOW_TRACKING_PASSWORD": "hidden-one"}
+    assert arguments["read_only"] and arguments["cap_drop"] == ["ALL"] and arguments["user"] == "1:1"
