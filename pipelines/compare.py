@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ def _log(store: str, experiment: str, result: Compared, page: str, document: str
 
     client = mlflow.MlflowClient()
     labels = [model.label for model in result.models]
+    run_id = None
     try:
         tags = {tracking.STAGE_TAG: "compare"}
         run_id = str(client.create_run(experiment, run_name=f"compare {', '.join(labels)}", tags=tags).info.run_id)
@@ -116,6 +118,9 @@ def _log(store: str, experiment: str, result: Compared, page: str, document: str
         run.tags({"mlflow.note.content": "\n\n".join(words)})
         run.finish()
     except (mlflow.exceptions.MlflowException, OSError) as error:
+        if run_id is not None:
+            with suppress(mlflow.exceptions.MlflowException):
+                client.set_terminated(run_id, "FAILED")
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise DQOError(
             f"MLflow at {tracking.public(store)!r} does not take the comparison ({reason}); what is printed "
@@ -128,12 +133,9 @@ def _figures(result: Compared) -> dict[str, Any]:
     """The figures of the MLflow run by file name."""
     models = comparison_report.results(result)
     differences = {
-        model.label: {
-            metric: found.interval for metric, row in result.differences.items() if (found := row[position]) is not None
-        }
-        for position, model in enumerate(models[1:], start=1)
+        metric: [None if one is None else one.interval for one in found] for metric, found in result.differences.items()
     }
-    drawn = {"differences.png": figures.differences_figure(differences, models[0].label)}
+    drawn = {"differences.png": figures.differences_figure(models, differences)}
     if result.same_n and figures.measured(models, "log_volume", "quality"):
         drawn["plane.png"] = figures.plane_figure(models, n=result.models[0].n)
     if any(rate is not None for row in result.win_rates for rate in row):
@@ -184,6 +186,7 @@ def _show(console: Console, result: Compared) -> None:
         console.print(Text(comparison.headline(result, position), style="bold"), soft_wrap=True)
         for sentence in comparison.details(result, position):
             console.print(Text(f"  {sentence}"), soft_wrap=True)
+    console.print("[dim]About these trained models on prompts like these, not about other training seeds.[/]")
     for warning in result.warnings:
         console.print(Text(f"! {warning}", style="yellow"), soft_wrap=True)
     console.print()

@@ -38,6 +38,7 @@ _REWARDED = {"quality", "best_of_n"}
 _WHATEVER_N = {"quality", "self_rouge_diversity", "cosine_distance", "truncation_rate", "mean_tokens"}
 
 Verdict = Literal["better", "worse", "differs", "not told apart", "not measured"]
+_WORDS: dict[Verdict, str] = {"better": "Better on", "worse": "Worse on", "differs": "Different in"}
 
 
 @dataclass(frozen=True)
@@ -350,17 +351,19 @@ def headline(result: Compared, position: int) -> str:
     ]
     more = [metric for metric in result.on(position, "better") if metric in measures]
     less = [metric for metric in result.on(position, "worse") if metric in measures]
-    count = f"of {len(measures)} measures"
+    total = len(measures)
     if not measures:
         diversity = f"{model} and {first} cannot be compared in diversity"
     elif more and less:
-        diversity = f"{model} is more diverse than {first} on {len(more)} {count} and less diverse on {len(less)}"
+        diversity = (
+            f"{model} is more diverse than {first} on {len(more)} of {total} measures and less diverse on {len(less)}"
+        )
     elif more or less:
         how = f"{'more' if more else 'less'} diverse than {first}"
-        found = more or less
-        diversity = f"{model} is {how} on {'all' if len(found) == len(measures) else len(found)} {count}"
+        found = len(more or less)
+        diversity = f"{model} is {how} on {f'all {total}' if found == total else f'{found} of {total}'} measures"
     else:
-        diversity = f"No difference in diversity between {model} and {first} is shown by any {count}"
+        diversity = f"No difference in diversity between {model} and {first} is shown by any of {total} measures"
     difference = result.differences.get("quality", [None] * len(result.models))[position]
     if not _known(difference) or difference is None:
         return f"{diversity}; quality cannot be compared."
@@ -373,23 +376,25 @@ def headline(result: Compared, position: int) -> str:
 
 def details(result: Compared, position: int) -> list[str]:
     """On which metrics a model is better and worse than the first one, and how often its responses win."""
-    first, model = result.models[0].label, result.models[position].label
-    sentences = []
-    for verdict, words in (("better", "better"), ("worse", "worse"), ("differs", "different")):
-        found = result.on(position, verdict)  # type: ignore[arg-type]
-        if found:
-            parts = [f"{METRICS[name].label} {_change(result, name, position)}" for name in found]
-            sentences.append(f"{model} is {words} than {first} on {listed(parts)}." if words != "different" else
-                             f"{model} differs from {first} in {listed(parts)}.")  # fmt: skip
+
+    def changes(verdict: Verdict) -> str:
+        found = [(METRICS[name].label, result.differences[name][position]) for name in result.on(position, verdict)]
+        return listed([f"{label} {signed(one.interval.mean)}" for label, one in found if one is not None])
+
+    sentences = [
+        f"{words} {changes(verdict)}."
+        for verdict, words in _WORDS.items()
+        if result.on(position, verdict)
+    ]  # fmt: skip
     same = [METRICS[name].label for name in result.on(position, "not told apart")]
     if same:
         sentences.append(f"No difference is shown on {listed(same)}.")
     rates = result.win_rates[position][0]
     if rates is not None and math.isfinite(rates.raw.mean):
-        equal = f", {rate_text(rates.controlled)} at equal lengths" if math.isfinite(rates.controlled.mean) else ""
+        equal = f" ({rate_text(rates.controlled)} at equal lengths)" if math.isfinite(rates.controlled.mean) else ""
         sentences.append(
-            f"A response of {model} has the higher quality than one of {first} to the same prompt in "
-            f"{rate_text(rates.raw)} of pairs, ties counting one half{equal}; 50% means that neither is preferred."
+            f"Its response has the higher quality than one of {result.models[0].label} to the same prompt in "
+            f"{rate_text(rates.raw)} of pairs{equal}, a tie counting one half."
         )
     return sentences
 
@@ -414,12 +419,6 @@ def rate_text(rate: Interval) -> str:
         return "n/a"
     bounds = f" [{100 * rate.low:.0f}%, {100 * rate.high:.0f}%]" if math.isfinite(rate.low) else ""
     return f"{100 * rate.mean:.0f}%{bounds}"
-
-
-def _change(result: Compared, metric: str, position: int) -> str:
-    difference = result.differences[metric][position]
-    assert difference is not None
-    return signed(difference.interval.mean)
 
 
 def _known(difference: Difference | None) -> bool:

@@ -1,6 +1,7 @@
 """Where the models of a comparison come from: an MLflow run, a version or alias of a registered model, or a folder."""
 
 import json
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -121,9 +122,8 @@ def _experiment_of(folder: Path, uri: str | None) -> str | None:
     result = folder / "result.json"
     try:
         content = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
-        return (
-            content["mlflow_experiment"] if uri is not None and content["mlflow_uri"] == tracking.public(uri) else None
-        )
+        same_store = uri is not None and content["mlflow_uri"] == tracking.public(uri)
+        return content["mlflow_experiment"] if same_store else None
     except (ValueError, KeyError, TypeError):
         return None
 
@@ -165,9 +165,10 @@ def _from_run(client: "MlflowClient", given: str, run: "Run", model: str, name: 
         name: What to call it; `None` for a name made of the run's.
     """
     stage = run.data.tags.get(tracking.STAGE_TAG)
+    above = run.data.tags.get(tracking.PARENT_TAG)
     parent = run if stage == "pipeline" else None
-    if parent is None and stage in ("prepare", "sft", "rl", "model", "evaluate", "register"):
-        parent = client.get_run(run.data.tags[tracking.PARENT_TAG])
+    if above is not None and stage in ("prepare", "sft", "rl", "model", "evaluate", "register"):
+        parent = client.get_run(above)
     if parent is None:
         raise DQOError(
             f"{given}: the run {run.info.run_name!r} ({stage or 'of another program'}) is not one of a pipeline and "
@@ -177,16 +178,16 @@ def _from_run(client: "MlflowClient", given: str, run: "Run", model: str, name: 
     own = stage in ("sft", "rl", "model")
     trained = run.data.tags.get(_NAME_TAG, "").removeprefix("rl-") if own else DEFAULT_MODEL
     with tempfile.TemporaryDirectory() as folder:
-        place = _download(evaluation, "evaluation", Path(folder) / "evaluation")
-        if place is None:
-            raise DQOError(f"{given}: the run {evaluation.info.run_id} holds no artifacts `evaluation/`")
+        for file in ("evaluation.json", "responses.jsonl"):
+            if _download(evaluation, f"evaluation/{file}", Path(folder)) is None:
+                raise DQOError(f"{given}: the run {evaluation.info.run_id} holds no artifact `evaluation/{file}`")
         recipe = _download(parent, "recipe.yaml", Path(folder))
         text = recipe.read_text(encoding="utf-8") if recipe is not None else None
-        one = _read(given, place, model or trained, f"of MLflow run {evaluation.info.run_id}", text)
+        one = _read(given, Path(folder), model or trained, f"of MLflow run {evaluation.info.run_id}", text)
     one = replace(one, run_id=evaluation.info.run_id)
     if name is not None:
-        suffix = f":{model}" if model and model != trained else ""
-        return _Found(one, (name + suffix, given), parent.info.experiment_id)
+        label = f"{name}:{model}" if model and model != trained else name
+        return _Found(one, (label, given), parent.info.experiment_id)
     names = _names(one.model, parent.info.run_name or given, evaluation.info.run_id[:6])
     return _Found(one, names, parent.info.experiment_id)
 
@@ -210,17 +211,18 @@ def _evaluation_of(client: "MlflowClient", given: str, parent: "Run") -> "Run":
 
 
 def _download(run: "Run", artifact: str, folder: Path) -> Path | None:
-    """Copy an artifact of a run, for `evaluation` the two files that a comparison reads; `None` if it is not there."""
+    """Copy one file among a run's artifacts into a folder, under its own name; `None` if it is not there."""
     import mlflow
 
-    names = ["evaluation/evaluation.json", "evaluation/responses.jsonl"] if artifact == "evaluation" else [artifact]
-    place = folder.parent if artifact == "evaluation" else folder
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     try:
-        for name in names:
-            mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path=name, dst_path=str(place))
+        place = mlflow.artifacts.download_artifacts(
+            run_id=run.info.run_id, artifact_path=artifact, dst_path=str(folder)
+        )
     except (mlflow.exceptions.MlflowException, OSError):
         return None
-    return folder if artifact == "evaluation" else folder / artifact
+    # Some stores keep the artifact's folders below the one given.
+    return Path(place).rename(folder / Path(artifact).name)
 
 
 def _from_version(client: "MlflowClient", given: str, name: str, model: str) -> _Found:
@@ -244,7 +246,7 @@ def _from_version(client: "MlflowClient", given: str, name: str, model: str) -> 
         there = ", ".join(sorted(versions, key=int)) or "none"
         raise DQOError(f"{given}: {registered} has no version {number!r}; its versions are: {there}")
     run = _run_of_version(client, given, versions[number])
-    return _from_run(client, given, run, model, f"{registered}/{number}" + (f" ({alias})" if alias else ""))
+    return _from_run(client, given, run, model, f"{registered}/{number}")
 
 
 def _run_of_version(client: "MlflowClient", given: str, version: "ModelVersion") -> "Run":

@@ -371,47 +371,46 @@ def curve_figure(curves: Mapping[str, Sequence[Interval]], across: str, up: str)
     return figure
 
 
-def differences_figure(differences: Mapping[str, Mapping[str, Interval]], against: str) -> Figure:
-    """Differences of models to one model, a row a metric and a panel a model, in units of the longest interval's end.
+def differences_figure(models: Sequence[ModelResult], differences: Mapping[str, Sequence[Interval | None]]) -> Figure:
+    """Differences of models to the first one, a row a metric and a panel a model.
 
-    Metrics have units of their own: each row is divided by its largest absolute bound over all panels, so a row says
-    whether a difference excludes zero and how models compare on it, not how large it is beside another row.
+    Metrics have units of their own: each row is divided by its largest absolute bound over all panels. So a row says
+    whether a difference excludes zero and how the models compare on it, not how large it is beside another row.
 
     Args:
-        differences: Model -> metric -> its difference; the metrics are the same for all models.
-        against: Label of the model that is subtracted.
+        models: In display order.
+        differences: Metric -> difference of each model to the first one, in the order of `models`.
 
     Returns:
-        A figure on white whose height grows with the metrics.
+        A figure on white whose size grows with metrics and models.
     """
-    looks = styles(list(differences))
-    rows = list(next(iter(differences.values())))
+    looks = styles([model.name for model in models])
+    panels, rows = models[1:], list(differences)[::-1]
     figure = Figure(
-        figsize=(2.6 + 3.2 * len(differences), 1.3 + 0.3 * len(rows)), dpi=160, layout="constrained", facecolor="white"
+        figsize=(2.4 + 3.0 * len(panels), 1.5 + 0.3 * len(rows)), dpi=160, layout="constrained", facecolor="white"
     )
-    ends = {
-        row: [abs(end) for found in differences.values() for end in (found[row].low, found[row].high, found[row].mean)]
-        for row in rows
-    }
-    scale = {row: max((end for end in found if math.isfinite(end)), default=0.0) or 1.0 for row, found in ends.items()}
+    figure.suptitle(f"Difference to {models[0].label}", x=0.01, ha="left", color=_MUTED, fontsize=9)
     first: Axes | None = None
-    for position, (model, found) in enumerate(differences.items(), start=1):
-        axes = figure.add_subplot(1, len(differences), position, sharey=first)
+    for position, model in enumerate(panels, start=1):
+        axes = figure.add_subplot(1, len(panels), position, sharey=first)
         first = first or axes
         _clean(axes)
         axes.axvline(0, color=_MUTED, linewidth=1)
-        for height, row in enumerate(reversed(rows)):
-            interval = Interval(*(value / scale[row] for value in (found[row].mean, found[row].low, found[row].high)))
-            if math.isfinite(interval.mean):
+        for height, metric in enumerate(rows):
+            ends = [end for one in differences[metric] if one for end in (one.low, one.mean, one.high)]
+            scale = max((abs(end) for end in ends if math.isfinite(end)), default=0.0) or 1.0
+            one = differences[metric][position]
+            if one is not None and math.isfinite(one.mean):
+                interval = Interval(one.mean / scale, one.low / scale, one.high / scale)
                 axes.errorbar(
-                    interval.mean, height, xerr=_arm(interval), fmt=looks[model].marker, color=looks[model].light,
-                    elinewidth=1.8, markersize=7, markeredgecolor="white",
+                    interval.mean, height, xerr=_arm(interval), fmt=looks[model.name].marker,
+                    color=looks[model.name].light, elinewidth=1.8, markersize=7, markeredgecolor="white",
                 )  # fmt: skip
-        axes.set_yticks(range(len(rows)), [METRICS[row].label for row in reversed(rows)])
+        axes.set_yticks(range(len(rows)), [METRICS[metric].label for metric in rows])
         axes.tick_params(labelleft=position == 1)
-        axes.set_xlim(-1.1, 1.1)
+        axes.set_xlim(-1.15, 1.15)
         axes.set_xticks([-1, 0, 1], ["lower", "0", "higher"])
-        axes.set_title(f"{model} minus {against}", loc="left", color=_INK, fontsize=10, fontweight="bold")
+        axes.set_title(model.label, loc="left", color=looks[model.name].light, fontsize=10, fontweight="bold")
     return figure
 
 
