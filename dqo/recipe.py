@@ -679,30 +679,211 @@ class Tracking(_Section):
         return uri
 
 
+ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
+
+
 class Distributed(_Section):
-    """How many processes train a stage, on one machine, and what of the model each of them holds."""
+    """How many processes train a stage, on how many machines, and what of the model each of them holds."""
 
     processes: Positive | None = None
-    """Training processes, one an accelerator; `null` takes `resources.accelerator_count`, or one without an
-    accelerator. On a machine without accelerators they share its processors."""
+    """Training processes of each node, one an accelerator; `null` takes `resources.accelerator_count`, or one without
+    an accelerator. On a machine without accelerators they share its processors."""
+    nodes: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Machines that train a stage together. More than one needs a cluster with Kubeflow Trainer, `resources` for each
+    of them, and `resources.workspace_claim`, which all of them mount (docs/operations.md)."""
+    runtime: ObjectName = "dqo-torch"
+    """TrainingRuntime of Kubeflow Trainer that training over several nodes starts from; the chart's is
+    `<fullname>-torch`."""
     strategy: Literal["ddp", "fsdp", "zero2", "zero3"] = "ddp"
     """`ddp`: all of the model in each process. `zero2`: gradients and optimiser state are split. `fsdp`, `zero3`: the
     weights too. All but `ddp` need accelerators, `zero2` and `zero3` the extra `gpu` (DeepSpeed)."""
 
 
-class Resources(_Section):
-    """What each training and evaluation task asks for on a cluster; the local runner uses this machine as it is."""
+Quantity = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(Ki|Mi|Gi|Ti)$")]
+Hours = Annotated[float, Field(gt=0.0, le=24 * 365)]
+Step = Literal["prepare", "sft", "rl", "evaluate", "register"]
 
+
+class Toleration(_Section):
+    """A taint that a training or evaluation task accepts."""
+
+    key: str | None = None
+    """Key of the taint; `null` with `Exists` accepts every one."""
+    operator: Literal["Equal", "Exists"] = "Equal"
+    """`Equal` compares the value, `Exists` takes any."""
+    value: str | None = None
+    """Value of the taint; of `Equal` only."""
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    """Effect of the taint; `null` accepts every one."""
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> "Toleration":
+        if self.operator == "Exists" and self.value is not None:
+            raise ValueError(f"operator 'Exists' takes no value, got {self.value!r}; expected 'Equal', or no value")
+        if self.operator == "Equal" and self.key is None:
+            raise ValueError("operator 'Equal' needs key; expected the taint's key, or 'Exists' for every taint")
+        return self
+
+
+class NodeExpression(_Section):
+    """What a node's label has to say."""
+
+    key: Annotated[str, Field(min_length=1)]
+    """The label."""
+    operator: Literal["In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"] = "In"
+    """How it is compared."""
+    values: list[str] = []
+    """Values of `In` and `NotIn`, one number for `Gt` and `Lt`; none otherwise."""
+
+    @model_validator(mode="after")
+    def _values_fit(self) -> "NodeExpression":
+        alone = self.operator in ("Exists", "DoesNotExist")
+        fits = not self.values if alone else len(self.values) == 1 if self.operator in ("Gt", "Lt") else self.values
+        if not fits:
+            expected = "no values" if alone else "one value" if self.operator in ("Gt", "Lt") else "one value or more"
+            raise ValueError(f"operator {self.operator!r} of key {self.key!r} with {self.values}; expected {expected}")
+        return self
+
+
+class NodeTerm(_Section):
+    """A kind of node: every expression has to hold."""
+
+    expressions: Annotated[list[NodeExpression], Field(min_length=1)]
+    """What its labels have to say."""
+    weight: Annotated[int, Field(ge=1, le=100)] | None = None
+    """How much it is preferred; `null` demands it. Of several terms that are demanded, one has to hold."""
+
+
+class Secrets(_Section):
+    """Names of Kubernetes Secrets whose keys become environment variables of the tasks (docs/operations.md)."""
+
+    tracking: ObjectName | None = None
+    """Keys `username` and `password` of an MLflow user: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
+    storage: ObjectName | None = None
+    """Keys `access-key-id` and `secret-access-key`: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, where MLflow has its
+    clients talk to the object store themselves."""
+    hub: ObjectName | None = None
+    """Key `token`: HF_TOKEN, for gated models and data sets."""
+    judge: ObjectName | None = None
+    """Key `api-key`: the variable that `judge.api_key_env` names."""
+
+
+class Retries(_Section):
+    """How often Kubeflow starts a failed task again; training goes on from its newest checkpoint in the workspace."""
+
+    count: Annotated[int, Field(ge=0, le=20)] = 2
+    """Further attempts of each task."""
+    backoff_seconds: Positive = 60
+    """Pause before the first of them."""
+    backoff_factor: Annotated[float, Field(ge=1.0)] = 2.0
+    """The pause grows by this factor each time."""
+    within_hours: Hours = 336
+    """No attempt is begun later than this after the start of the first one, however long that one trained."""
+
+
+_GPU = "nvidia.com/gpu"
+_GPU_TAINT = {"key": _GPU, "operator": "Exists", "effect": "NoSchedule"}
+PROFILES: dict[str, dict[str, Any]] = {
+    "cpu": {},
+    "gpu-small": {
+        "cpu": "8", "memory": "64Gi", "accelerator": _GPU, "accelerator_count": 1, "shared_memory": "8Gi",
+        "tolerations": [_GPU_TAINT],
+    },
+    "gpu-large": {
+        "cpu": "32", "memory": "256Gi", "accelerator": _GPU, "accelerator_count": 4, "shared_memory": "32Gi",
+        "tolerations": [_GPU_TAINT],
+    },
+    "multi-node": {
+        "cpu": "64", "memory": "512Gi", "accelerator": _GPU, "accelerator_count": 8, "shared_memory": "64Gi",
+        "tolerations": [_GPU_TAINT],
+    },
+}  # fmt: skip
+"""What each profile sets of `Resources`; a recipe's own values go before."""
+
+
+class Resources(_Section):
+    """What tasks get on a cluster; the local runner uses this machine as it is.
+
+    A field that a recipe leaves out is what its profile says; the defaults below are those of `cpu`.
+    """
+
+    profile: Literal["cpu", "gpu-small", "gpu-large", "multi-node"] = "cpu"
+    """`gpu-small`: one GPU; `gpu-large`: four of one node; `multi-node`: eight of each node (docs/operations.md)."""
     image: str = "dqo-trainer:0.1.0"
     """Container image with this library, by digest in production."""
     cpu: Annotated[str, Field(pattern=r"^\d+m?$")] = "2"
-    """CPU request, Kubernetes quantity."""
-    memory: Annotated[str, Field(pattern=r"^\d+(\.\d+)?(Ki|Mi|Gi|Ti)$")] = "8Gi"
-    """Memory limit, Kubernetes quantity."""
+    """CPU request of a training or evaluation task, Kubernetes quantity."""
+    memory: Quantity = "8Gi"
+    """Memory limit of a training or evaluation task, Kubernetes quantity."""
     accelerator: str | None = None
     """Resource name of the accelerator, e.g. `nvidia.com/gpu`."""
     accelerator_count: Annotated[int, Field(ge=1)] = 1
     """Accelerators of each training task, when `accelerator` is set; `distributed.processes` follows."""
+    shared_memory: Quantity | None = None
+    """Size of /dev/shm, part of the memory limit; `null` leaves the container's 64 MiB, too little for NCCL."""
+    node_selector: dict[str, str] = {}
+    """Labels that the node of a training or evaluation task has to have."""
+    tolerations: list[Toleration] = []
+    """Taints that these tasks accept."""
+    node_affinity: list[NodeTerm] = []
+    """Nodes that these tasks demand or prefer."""
+    queue: ObjectName | None = None
+    """LocalQueue of Kueue in which these tasks wait for their resources."""
+    workspace_claim: ObjectName | None = None
+    """Volume claim mounted at /workspace in all tasks: checkpoints, finished stages; without, nothing resumes."""
+    models_claim: ObjectName | None = None
+    """Volume claim mounted at /models in all tasks: Hugging Face's cache below `huggingface`, models by path."""
+    offline: bool = False
+    """Whether tasks may not ask a model hub: HF_HUB_OFFLINE."""
+    secrets: Secrets = Secrets()
+    environment: dict[str, str] = {}
+    """Further environment variables of all tasks, e.g. `MLFLOW_S3_ENDPOINT_URL`; secrets have their own section."""
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
+    """When nodes fetch the image; `null` leaves it to Kubernetes."""
+    image_pull_secrets: list[ObjectName] = []
+    """Secrets with registry credentials."""
+    run_as_user: Annotated[int, Field(ge=1)] | None = 10001
+    """User id of all tasks, never root; `null` takes the image's."""
+    run_as_group: Annotated[int, Field(ge=0)] | None = 10001
+    """Group id of all tasks; `null` takes the image's."""
+    retries: Retries = Retries()
+    timeouts: dict[Step, Hours] = {}
+    """Hours after which Kubernetes ends an attempt of a step, e.g. `{rl: 24}`; a step that is not named may go on."""
+    caching: dict[Step, bool] = {}
+    """Whether Kubeflow may take a step's earlier output when its inputs are equal, e.g. `{evaluate: false}`; a step
+    that is not named may. Stages that the workspace holds are taken up all the same."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _profile_fills_in(cls, values: Any) -> Any:
+        profile = values.get("profile") if isinstance(values, dict) else None
+        return PROFILES.get(profile, {}) | values if isinstance(profile, str) else values
+
+    @field_validator("environment")
+    @classmethod
+    def _holds_no_secret(cls, environment: dict[str, str]) -> dict[str, str]:
+        for name in environment:
+            # The value is not repeated: it may be the secret.
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise ValueError(f"{name!r} is no name of an environment variable")
+            if re.search(r"(PASSWORD|TOKEN|SECRET|ACCESS_KEY|API_KEY)(_ID)?$", name.upper()):
+                raise ValueError(
+                    f"{name} would be readable in the compiled pipeline; expected a Secret's name in resources.secrets"
+                )
+        return environment
+
+    @model_validator(mode="after")
+    def _shared_memory_fits(self) -> "Resources":
+        if self.shared_memory is not None and _bytes(self.shared_memory) >= _bytes(self.memory):
+            raise ValueError(
+                f"shared_memory {self.shared_memory} is part of memory {self.memory}; expected less than that"
+            )
+        return self
+
+
+def _bytes(quantity: str) -> float:
+    """Bytes of a Kubernetes quantity with a binary suffix."""
+    return float(quantity[:-2]) * 2 ** (10 * (1 + "KMGT".index(quantity[-2])))
 
 
 class Recipe(_Section):
@@ -748,6 +929,11 @@ class Recipe(_Section):
                 "'sft' or 'base'"
             )
         problems += self._processes_fit()
+        if self.resources.secrets.judge and (self.judge is None or self.judge.api_key_env is None):
+            problems.append(
+                f"resources.secrets.judge: got {self.resources.secrets.judge!r}, but no variable is to hold its key; "
+                "expected judge.api_key_env, or no Secret"
+            )
         for name, stage, k in (("sft", self.sft, self.sft_group), ("rl", self.rl, self.method.k)):
             rows = stage.prompts_per_step * k
             each = f"{name}.prompts_per_step = {stage.prompts_per_step} times {k}"
@@ -776,11 +962,12 @@ class Recipe(_Section):
                 f"resources.accelerator_count: got {accelerators} without resources.accelerator; expected its name, "
                 "e.g. nvidia.com/gpu, or distributed.processes for processes without accelerators"
             )
-        elif self.resources.accelerator is not None and self.processes != accelerators:
+        elif self.resources.accelerator is not None and self.processes_per_node != accelerators:
             problems.append(
-                f"distributed.processes: got {self.processes} with resources.accelerator_count {accelerators}; "
-                "expected one process an accelerator: leave distributed.processes out, or give both the same number"
+                f"distributed.processes: got {self.processes_per_node} with resources.accelerator_count {accelerators}"
+                "; expected one process an accelerator: leave distributed.processes out, or give both the same number"
             )
+        problems += self._nodes_fit()
         if strategy != "ddp" and self.processes == 1:
             problems.append(
                 f"distributed.strategy: got {strategy!r} with one process, which has nobody to split the model with; "
@@ -801,10 +988,10 @@ class Recipe(_Section):
         rollout = self.rl.rollout
         if rollout.engine != "vllm":
             return problems
-        if self.processes % rollout.tensor_parallel_size:
+        if self.processes_per_node % rollout.tensor_parallel_size:
             problems.append(
                 f"rl.rollout.tensor_parallel_size: got {rollout.tensor_parallel_size}; expected a divisor of the "
-                f"{self.processes} training processes"
+                f"{self.processes_per_node} training processes" + (" of a node" if self.distributed.nodes > 1 else "")
             )
         longest = self.data.max_prompt_tokens + self.rl.sampling.max_new_tokens
         if rollout.max_model_length is not None and rollout.max_model_length < longest:
@@ -814,9 +1001,32 @@ class Recipe(_Section):
             )
         return problems
 
+    def _nodes_fit(self) -> list[str]:
+        """What is missing for training on several nodes."""
+        problems: list[str] = []
+        nodes = self.distributed.nodes
+        if nodes == 1:
+            return problems
+        if self.resources.accelerator is None and self.distributed.processes is None:
+            problems.append(
+                f"distributed.nodes: got {nodes} with neither accelerators nor a number of processes; expected "
+                "resources.accelerator, or distributed.processes for processes without accelerators"
+            )
+        if self.resources.workspace_claim is None:
+            problems.append(
+                f"distributed.nodes: got {nodes} without resources.workspace_claim; expected the name of a volume "
+                "claim that all nodes can write (ReadWriteMany), through which they share data and checkpoints"
+            )
+        return problems
+
     @property
     def processes(self) -> int:
-        """Training processes: `distributed.processes`, else one an accelerator."""
+        """Training processes of all nodes together."""
+        return self.distributed.nodes * self.processes_per_node
+
+    @property
+    def processes_per_node(self) -> int:
+        """Training processes of each node: `distributed.processes`, else one an accelerator."""
         if self.distributed.processes is not None:
             return self.distributed.processes
         return self.resources.accelerator_count if self.resources.accelerator is not None else 1
@@ -923,6 +1133,8 @@ def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
     """Field names that are allowed where an unknown key stands."""
     model: type[BaseModel] = Recipe
     for part in location[:-1]:
+        if isinstance(part, int):
+            continue  # place in a list, whose section is found already
         annotation = model.model_fields[str(part)].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]
         model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))

@@ -1,65 +1,15 @@
-"""The MLflow model registry: the gate, versions with their lineage, aliases, loading."""
+"""The MLflow model registry: versions with their lineage, aliases, loading."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dqo import __version__
-from dqo.evaluation.metrics import METRICS
-from dqo.evaluation.statistics import Interval, overlap
+from dqo.gate import GateResult
+from dqo.mlflow_errors import in_words
 from dqo.policy import CheckpointCard
-from dqo.recipe import Gate
 
 CHALLENGER, CHAMPION = "challenger", "champion"
-
-
-@dataclass(frozen=True)
-class GateResult:
-    """Whether a model may become champion, with the reason of each rule in words.
-
-    Attributes:
-        passed: All rules hold.
-        reasons: One sentence a rule, whether it holds or not.
-    """
-
-    passed: bool
-    reasons: list[str]
-
-
-def decide(
-    gate: Gate, metrics: dict[str, dict[str, Interval]], candidate: str = "dqo", stopped: str | None = None
-) -> GateResult:
-    """Apply the recipe's gate to an evaluation.
-
-    Args:
-        gate: The rules.
-        metrics: Model name -> metric name -> interval.
-        candidate: The model that asks to be promoted.
-        stopped: Why its training was stopped before its last step, which no metric makes up for; `None` if it was not.
-    """
-    new, old = metrics[candidate], metrics[gate.against]
-    change = new["quality"].mean - old["quality"].mean
-    kept = change >= -gate.max_quality_loss
-    reasons = [
-        f"quality {new['quality'].mean:.3f} against {old['quality'].mean:.3f} of {gate.against} ({change:+.3f}) is "
-        f"{'within' if kept else 'below'} the allowed loss of {gate.max_quality_loss:g}"
-    ]
-    passed = kept
-    for name in gate.more_diverse_on:
-        above = new[name].mean > old[name].mean and not overlap(new[name], old[name])
-        reasons.append(
-            f"{METRICS[name].label} {_show(new[name])} against {_show(old[name])} of {gate.against}: "
-            + ("higher, intervals apart" if above else "not higher with intervals apart")
-        )
-        passed = passed and above
-    if stopped is not None:
-        return GateResult(False, [f"training was stopped by a health rule: {stopped}", *reasons])
-    return GateResult(passed, reasons)
-
-
-def _show(interval: Interval) -> str:
-    return f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
 
 
 def log_model(run_id: str, checkpoint: Path, name: str) -> str:
@@ -85,7 +35,7 @@ def log_model(run_id: str, checkpoint: Path, name: str) -> str:
         ),
     )
     card = CheckpointCard.read(checkpoint)
-    with mlflow.start_run(run_id=run_id):
+    with in_words(f"log the model {name!r}", run_id), mlflow.start_run(run_id=run_id):
         info = mlflow.pyfunc.log_model(
             name=name,
             python_model=str(Path(__file__).with_name("serving.py")),
@@ -97,6 +47,7 @@ def log_model(run_id: str, checkpoint: Path, name: str) -> str:
     return info.model_uri
 
 
+@in_words("register the model")
 def register(
     name: str, run_id: str, model_uri: str, tags: dict[str, Any], metrics: dict[str, float], gate: GateResult
 ) -> tuple[str, list[str]]:
@@ -127,7 +78,9 @@ def register(
     key = str(tags["dqo.stage_key"])
     known = [v for v in client.search_model_versions(f"name = '{name}'") if v.tags.get("dqo.stage_key") == key]
     found = next((v for v in known if v.run_id == run_id), None)
-    version = found or client.create_model_version(name, model_uri, run_id)
+    # A server asks for the logged model's id beside its address; a local store takes either.
+    model_id = model_uri.removeprefix("models:/") if model_uri.startswith("models:/m-") else None
+    version = found or client.create_model_version(name, model_uri, run_id, model_id=model_id)
     everything = {
         **tags,
         **{f"eval.{metric}": f"{value:.4f}" for metric, value in metrics.items()},

@@ -19,6 +19,7 @@ from urllib.parse import urlparse
 from dqo import __version__
 from dqo.errors import DQOError
 from dqo.files import write_text
+from dqo.mlflow_errors import in_words, public, reason, refused
 from dqo.recipe import Recipe
 
 # MLflow reads these once, at import; an unreachable server must fail in seconds, before anything is trained.
@@ -29,17 +30,18 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 PARENT_TAG = "mlflow.parentRunId"
 KEY_TAG = "dqo.stage_key"
 STAGE_TAG = "dqo.stage"
+DATA_TAG = "dqo.data_digest"
+UNCHANGED_TAG = "dqo.unchanged"
+KUBEFLOW_TAG = "dqo.kubeflow_run_id"
+ERROR_TAG = "dqo.error"
+MESSAGE_LENGTH = 2000
+KUBEFLOW_VARIABLE = "DQO_KUBEFLOW_RUN"
+"""Variable that holds the id of the Kubeflow run in a task on a cluster; it takes no part in Kubeflow's cache key."""
 
 
 def default_uri(folder: Path) -> str:
     """The sqlite store of a local installation."""
     return f"sqlite:///{(folder / 'mlflow.db').resolve()}"
-
-
-def public(uri: str) -> str:
-    """An address without the user name and password it may hold, for files and messages that others read."""
-    parsed = urlparse(uri)
-    return uri if "@" not in parsed.netloc else parsed._replace(netloc=parsed.netloc.rpartition("@")[2]).geturl()
 
 
 def run_link(uri: str, experiment: str, run_id: str | None) -> str:
@@ -50,7 +52,7 @@ def run_link(uri: str, experiment: str, run_id: str | None) -> str:
 
 
 def check_reachable(uri: str) -> None:
-    """Fail now if MLflow does not answer.
+    """Fail now if MLflow does not answer, or does not know the user.
 
     Raises:
         DQOError: Naming the URI, what happened and what to do.
@@ -83,12 +85,14 @@ def check_reachable(uri: str) -> None:
     try:
         mlflow.MlflowClient(uri).search_experiments(max_results=1)
     except Exception as error:  # MLflow lets database and HTTP errors of many kinds through
-        raise DQOError(_unreachable(uri, str(error).strip().splitlines()[0][:300])) from None
+        if (words := refused(error, uri)) is not None:
+            raise DQOError(f"tracking.uri {public(uri)!r}: MLflow answers, but {words}. Nothing was trained.") from None
+        raise DQOError(_unreachable(uri, reason(error, uri))) from None
 
 
-def _unreachable(uri: str, reason: str) -> str:
+def _unreachable(uri: str, why: str) -> str:
     return (
-        f"tracking.uri {public(uri)!r}: MLflow does not answer ({reason}); start it, correct tracking.uri or "
+        f"tracking.uri {public(uri)!r}: MLflow does not answer ({why}); start it, correct tracking.uri or "
         "MLFLOW_TRACKING_URI, or leave both out for a local sqlite store. Nothing was trained."
     )
 
@@ -97,26 +101,36 @@ def connect(recipe: Recipe, uri: str) -> str:
     """Point MLflow at a store and make sure the experiment exists; returns the experiment id.
 
     Raises:
-        DQOError: If MLflow does not answer.
+        DQOError: If MLflow does not answer or does not let this user in.
     """
     check_reachable(uri)
     import mlflow
 
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
+    with in_words(f"open the experiment {recipe.tracking.experiment!r}"):
+        return _experiment(recipe, uri)
+
+
+def _experiment(recipe: Recipe, uri: str) -> str:
+    import mlflow
+
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name(recipe.tracking.experiment)
     if experiment is None:
         location = None
         if uri.startswith("sqlite:///"):
             location = (Path(uri.removeprefix("sqlite:///")).parent / "mlflow-artifacts").resolve().as_uri()
-        with suppress(mlflow.exceptions.MlflowException):  # another process may have made it in this moment
+        try:
             client.create_experiment(
                 recipe.tracking.experiment,
                 artifact_location=location,
                 # MLflow's page opens on training runs then, not on its view of chat traces.
                 tags={"mlflow.experimentKind": "custom_model_development"},
             )
+        except mlflow.exceptions.MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process may have made it in this moment
+                raise
         experiment = client.get_experiment_by_name(recipe.tracking.experiment)
         if experiment is None:
             raise DQOError(f"tracking.experiment {recipe.tracking.experiment!r}: MLflow could not create it")
@@ -127,12 +141,55 @@ def connect(recipe: Recipe, uri: str) -> str:
     return experiment.experiment_id
 
 
-def open_parent(recipe: Recipe, experiment_id: str, workspace: Path) -> str:
+def finished_run(recipe: Recipe, experiment_id: str, data_digest: str) -> str | None:
+    """The newest pipeline run of a recipe and its data that has finished, None where there is none.
+
+    The run is marked with the Kubeflow run, or else the time, that has found it: its exit handler then knows that there
+    is no other run to end.
+
+    Args:
+        recipe: The recipe.
+        experiment_id: MLflow's experiment.
+        data_digest: Digest of the data card.
+    """
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    found = client.search_runs(
+        [experiment_id],
+        f"tags.`{STAGE_TAG}` = 'pipeline' and tags.`dqo.recipe_digest` = '{recipe.digest}' and "
+        f"tags.`{DATA_TAG}` = '{data_digest}' and attributes.status = 'FINISHED'",
+        max_results=1,
+        order_by=["attributes.end_time DESC"],
+    )
+    if not found:
+        return None
+    run_id: str = found[0].info.run_id
+    by = os.environ.get(KUBEFLOW_VARIABLE) or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    client.set_tag(run_id, UNCHANGED_TAG, by)
+    return run_id
+
+
+def open_parent(recipe: Recipe, experiment_id: str, workspace: Path, data_digest: str | None = None) -> str:
     """Return the run that all stages of one pipeline run belong to, creating it on the first call.
 
     Kubeflow Pipelines' MLflow plugin injects MLFLOW_RUN_ID: then that run is the parent. Else the id is remembered in
     the workspace by recipe digest, so that repeating an interrupted pipeline continues the same run.
+
+    Args:
+        recipe: The recipe.
+        experiment_id: MLflow's experiment.
+        workspace: Folder that outlives the run.
+        data_digest: Where it is known already: a remembered run with other data is not continued.
+
+    Raises:
+        DQOError: If MLflow does not answer, or does not allow it.
     """
+    with in_words("open the pipeline's run"):
+        return _parent(recipe, experiment_id, workspace, data_digest)
+
+
+def _parent(recipe: Recipe, experiment_id: str, workspace: Path, data_digest: str | None) -> str:
     import mlflow
 
     client = mlflow.MlflowClient()
@@ -140,26 +197,51 @@ def open_parent(recipe: Recipe, experiment_id: str, workspace: Path) -> str:
     run_id = os.environ.get("MLFLOW_RUN_ID")
     if run_id is None and memory.is_file():
         remembered = json.loads(memory.read_text(encoding="utf-8"))["run_id"]
-        with suppress(mlflow.exceptions.MlflowException):
-            if client.get_run(remembered).info.lifecycle_stage == "active":
-                run_id = remembered
+        if is_active(client, remembered):
+            known = client.get_run(remembered).data.tags.get(DATA_TAG)
+            run_id = remembered if data_digest is None or known in (None, data_digest) else None
     if run_id is None:
         run_id = client.create_run(experiment_id, run_name=recipe.name, tags={STAGE_TAG: "pipeline"}).info.run_id
         write_text(memory, json.dumps({"run_id": run_id}) + "\n")
     client.update_run(run_id, status="RUNNING")
-    for key, value in {
-        "dqo.recipe": recipe.name,
-        "dqo.recipe_digest": recipe.digest,
-        "dqo.task": recipe.task,
-        "dqo.version": __version__,
-    }.items():
+    for key, value in (recipe_tags(recipe) | kubeflow_tags()).items():
         client.set_tag(run_id, key, value)
     client.log_text(run_id, recipe.to_yaml(), "recipe.yaml")
     return run_id
 
 
+def recipe_tags(recipe: Recipe) -> dict[str, str]:
+    """Tags by which a pipeline's run is found."""
+    return {
+        "dqo.recipe": recipe.name,
+        "dqo.recipe_digest": recipe.digest,
+        "dqo.task": recipe.task,
+        "dqo.version": __version__,
+    }
+
+
+def kubeflow_tags() -> dict[str, str]:
+    """Tag of the Kubeflow run that this task belongs to; empty where it belongs to none."""
+    run = os.environ.get(KUBEFLOW_VARIABLE, "")
+    return {KUBEFLOW_TAG: run} if run else {}
+
+
+def is_active(client: Any, run_id: str) -> bool:
+    """Whether a run is there and not deleted; an error that says nothing about it, such as no answer, is raised."""
+    import mlflow
+
+    try:
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+    except mlflow.exceptions.MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+
+
 class Run:
     """A thin handle on one MLflow run: logs by id, so that no global "active run" is involved.
+
+    Each method raises a `DQOError` in words where MLflow, its database or its artifact store refuses or is away.
 
     Attributes:
         id: The run's id.
@@ -173,6 +255,7 @@ class Run:
         self.new = new
         self._client = mlflow.MlflowClient()
 
+    @in_words("log parameters")
     def params(self, values: dict[str, Any]) -> None:
         """Log parameters; those already logged with the same value are left alone (MLflow refuses a change)."""
         from mlflow.entities import Param
@@ -182,6 +265,7 @@ class Run:
         if new:
             self._client.log_batch(self.id, params=new)
 
+    @in_words("log metrics")
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
         """Log finite metrics of one step in one request."""
         from mlflow.entities import Metric
@@ -191,15 +275,20 @@ class Run:
         if entries:
             self._client.log_batch(self.id, metrics=entries)
 
+    @in_words("set tags")
     def tags(self, values: dict[str, Any]) -> None:
-        """Set tags."""
-        for key, value in values.items():
-            self._client.set_tag(self.id, key, str(value))
+        """Set tags in one request: a server with passwords checks them anew for each."""
+        from mlflow.entities import RunTag
+
+        if values:
+            self._client.log_batch(self.id, tags=[RunTag(key, str(value)) for key, value in values.items()])
 
     def folder(self, path: Path, artifact_path: str) -> None:
         """Upload a folder's files."""
-        self._client.log_artifacts(self.id, str(path), artifact_path)
+        with in_words(f"upload {path.name!r} as {artifact_path!r}", self.id):
+            self._client.log_artifacts(self.id, str(path), artifact_path)
 
+    @in_words("read metrics")
     def last_step(self, metric: str) -> int:
         """Newest step at which a metric was logged, 0 where it was not."""
         return max((entry.step for entry in self._client.get_metric_history(self.id, metric)), default=0)
@@ -213,13 +302,16 @@ class Run:
             append: Add the rows to a table of that name; without it, an existing one is left as it is, since a stage
                 that is repeated would log the same rows again.
         """
-        if append or not any(item.path == name for item in self._client.list_artifacts(self.id)):
-            self._client.log_table(self.id, columns, name)
+        with in_words(f"log the table {name!r}", self.id):
+            if append or not any(item.path == name for item in self._client.list_artifacts(self.id)):
+                self._client.log_table(self.id, columns, name)
 
     def figure(self, figure: Any, name: str) -> None:
         """Log a matplotlib figure."""
-        self._client.log_figure(self.id, figure, name)
+        with in_words(f"log the figure {name!r}", self.id):
+            self._client.log_figure(self.id, figure, name)
 
+    @in_words("log the data set")
     def dataset(self, rows: list[dict[str, Any]], name: str, digest: str, source: str, context: str) -> None:
         """Attach a data set (by its digest and schema) as an input of the run."""
         import pandas
@@ -240,6 +332,7 @@ class Run:
             ],
         )
 
+    @in_words("end the run")
     def finish(self, status: str = "FINISHED") -> None:
         """End the run with a status."""
         self._client.set_terminated(self.id, status)
@@ -256,7 +349,26 @@ def child_run(parent_id: str, name: str, stage: str, key: str) -> Iterator[Run]:
         name: What the page shows, e.g. `rl-dqo`.
         stage: Value of the tag `dqo.stage`.
         key: The stage's key; with the name it identifies the run to continue.
+
+    Raises:
+        DQOError: If MLflow does not answer, or does not allow it.
     """
+    with in_words(f"open the run of {name!r}"):
+        run = _child(parent_id, name, stage, key)
+    try:
+        yield run
+    except BaseException as error:
+        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        for ended in (run, Run(parent_id)):
+            with suppress(DQOError):  # that MLflow is away may be the error itself
+                ended.finish(status)
+        with suppress(DQOError):
+            run.tags({ERROR_TAG: (str(error) or type(error).__name__)[:MESSAGE_LENGTH]})
+        raise
+    run.finish()
+
+
+def _child(parent_id: str, name: str, stage: str, key: str) -> Run:
     import mlflow
 
     client = mlflow.MlflowClient()
@@ -270,14 +382,11 @@ def child_run(parent_id: str, name: str, stage: str, key: str) -> Iterator[Run]:
         run = Run(found[0].info.run_id)
         client.update_run(run.id, status="RUNNING")
         client.update_run(parent_id, status="RUNNING")
+        if ERROR_TAG in found[0].data.tags:
+            client.delete_tag(run.id, ERROR_TAG)
     else:
         tags = {PARENT_TAG: parent_id, KEY_TAG: key, STAGE_TAG: stage, "dqo.name": name}
         run = Run(client.create_run(experiment_id, run_name=name, tags=tags).info.run_id, new=True)
-    try:
-        yield run
-    except BaseException as error:
-        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-        run.finish(status)
-        Run(parent_id).finish(status)
-        raise
-    run.finish()
+    for handle in (run, Run(parent_id)):  # an earlier Kubeflow run may have made them
+        handle.tags(kubeflow_tags())
+    return run

@@ -3,9 +3,12 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from dqo.errors import DQOError
+
+if TYPE_CHECKING:
+    from pipelines.kubeflow import Access
 
 _OUT = "runs"
 
@@ -91,6 +94,40 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--out", type=Path, help="file to write, .json, for a gate to read")
     audit.set_defaults(run=_judge_audit)
 
+    submit = commands.add_parser("submit", help="run a recipe's pipeline on a Kubeflow server")
+    submit.add_argument("recipe", type=Path, help="recipe file")
+    _add_server(submit)
+    _add_run(submit)
+    submit.add_argument("--watch", action="store_true", help="follow the run; the exit status is then the run's")
+    submit.add_argument("--no-run", action="store_true", help="only upload the pipeline")
+    submit.set_defaults(run=_submit)
+    schedule = commands.add_parser("schedule", help="let Kubeflow run a recipe by the clock")
+    schedule.add_argument("recipe", type=Path, nargs="?", help="recipe file, with --cron")
+    _add_server(schedule)
+    _add_run(schedule)
+    schedule.add_argument("--name", help="name of the schedule (the recipe's)")
+    schedule.add_argument("--timezone", default="UTC", help="zone in which the server reads schedules (UTC)")
+    action = schedule.add_mutually_exclusive_group(required=True)
+    action.add_argument("--cron", help="minute, hour, day of month, month, day of week, such as '0 2 * * *'")
+    for name, text in {
+        "pause": "start no more runs until resumed",
+        "resume": "start runs again",
+        "delete": "remove the schedule",
+        "list": "show all schedules",
+    }.items():
+        action.add_argument(f"--{name}", dest="action", action="store_const", const=name, help=text)
+    schedule.set_defaults(run=_schedule)
+    compare = commands.add_parser("compare", help="compare evaluated models: differences, win rates, a report")
+    compare.add_argument(
+        "first", metavar="A", help="what the others are compared with: run, NAME/3, NAME@alias, folder"
+    )
+    compare.add_argument("others", metavar="B", nargs="+", help="as A; RUN:MODEL names another model of the evaluation")
+    compare.add_argument("--out", type=Path, default=Path(_OUT), help=f"folder given to `dqo run` ({_OUT})")
+    compare.add_argument("--uri", help="MLflow's address (MLFLOW_TRACKING_URI, else the store in --out)")
+    compare.add_argument("--html", type=Path, help="page to write, .html")
+    compare.add_argument("--json", type=Path, help="file to write, .json")
+    compare.set_defaults(run=_compare)
+
     ui = commands.add_parser("ui", help="open MLflow's page on the local runs")
     ui.add_argument("--out", type=Path, default=Path(_OUT), help=f"folder given to `dqo run` ({_OUT})")
     ui.add_argument("--port", type=int, default=5000, help="port on this machine (5000)")
@@ -100,6 +137,19 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--out", type=Path, default=Path(_OUT), help=f"folder given to `dqo run` ({_OUT})")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_server(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", required=True, help="address of Kubeflow Pipelines")
+    parser.add_argument("--token-file", type=Path, help="file with a bearer token (the variable KFP_TOKEN)")
+    parser.add_argument("--namespace", help="namespace of the runs, where Kubeflow serves several users")
+    parser.add_argument("--experiment", help="Kubeflow experiment, which has to exist (Default)")
+    parser.add_argument("--ca-file", type=Path, help="certificate of the server's authority, in PEM")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mlflow-uri", help="MLflow's address as the tasks see it (the recipe's tracking.uri)")
+    parser.add_argument("--service-account", help="account that the tasks run as (Kubeflow's)")
 
 
 class _Version(argparse.Action):
@@ -218,6 +268,68 @@ def _judge_audit(arguments: argparse.Namespace) -> int:
         print(f"  {problem}")
     print("passed: its verdicts may count" if result.passed else "failed: its verdicts must not decide about a model")
     return 0 if result.passed else 1
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    if arguments.no_run and arguments.watch:
+        raise DQOError("--no-run with --watch: there would be no run to follow; give one of them")
+    from dqo.recipe import load
+
+    recipe = load(arguments.recipe)
+    _print_warnings(recipe.warnings)
+    from pipelines import submit
+
+    return submit.run(
+        recipe,
+        _access(arguments),
+        arguments.mlflow_uri,
+        arguments.watch,
+        not arguments.no_run,
+        arguments.service_account,
+    )
+
+
+def _schedule(arguments: argparse.Namespace) -> int:
+    if arguments.action == "list":
+        from pipelines import schedule
+
+        return schedule.show(_access(arguments))
+    if arguments.recipe is None and (arguments.action is None or arguments.name is None):
+        raise DQOError("no recipe: expected a recipe file" + (", or --name" if arguments.action else " with --cron"))
+    if arguments.action is not None and arguments.name is not None:
+        from pipelines import schedule
+
+        return schedule.change(_access(arguments), arguments.name, arguments.action)
+    from dqo.recipe import load
+
+    recipe = load(arguments.recipe)
+    from pipelines import schedule
+
+    if arguments.action is not None:
+        return schedule.change(_access(arguments), recipe.name, arguments.action)
+    _print_warnings(recipe.warnings)
+    return schedule.run(
+        recipe,
+        _access(arguments),
+        arguments.cron,
+        arguments.name,
+        arguments.timezone,
+        arguments.mlflow_uri,
+        arguments.service_account,
+    )
+
+
+def _access(arguments: argparse.Namespace) -> "Access":
+    from pipelines.kubeflow import Access
+
+    return Access(arguments.host, arguments.token_file, arguments.namespace, arguments.experiment, arguments.ca_file)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from pipelines import compare
+
+    given = [arguments.first, *arguments.others]
+    return compare.run(given, arguments.out, arguments.uri, arguments.html, arguments.json)
 
 
 def _ui(arguments: argparse.Namespace) -> int:

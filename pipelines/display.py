@@ -57,9 +57,12 @@ class StageState:
 
 
 class Follower:
-    """Reads a progress file as it grows, from its present end, and keeps each stage's state."""
+    """Reads a progress file as it grows, from its present end, and keeps each stage's state.
 
-    def __init__(self, recipe: Recipe, path: Path, fresh: bool = False) -> None:
+    Without a file the stages wait; a subclass tells of them by its own `_read`.
+    """
+
+    def __init__(self, recipe: Recipe, path: Path | None = None, fresh: bool = False) -> None:
         self.stages = {"prepare": StageState("Prepare data"), "sft": StageState("DQO-SFT")}
         for variant in recipe.variants:
             self.stages[f"rl-{variant}"] = StageState(
@@ -68,7 +71,7 @@ class Follower:
         self.stages |= {"evaluate": StageState("Evaluate"), "register": StageState("Register")}
         self._path = path
         # A fresh run begins by deleting the file, so what is there now will be gone.
-        self._offset = path.stat().st_size if path.is_file() and not fresh else 0
+        self._offset = path.stat().st_size if path is not None and path.is_file() and not fresh else 0
         self.error: str | None = None
 
     def update(self) -> list[tuple[str, dict[str, Any]]]:
@@ -104,7 +107,7 @@ class Follower:
                 state.status = "cached"
 
     def _read(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        if not self._path.is_file():
+        if self._path is None or not self._path.is_file():
             return
         with self._path.open("rb") as stream:
             stream.seek(self._offset)

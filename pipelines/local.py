@@ -72,7 +72,7 @@ def library_digest() -> str:
     digest = hashlib.sha256()
     folder = Path(dqo.__file__).parent
     for path in sorted(folder.rglob("*")):
-        if path.suffix in (".py", ".html", ".js", ".jsonl", ".yaml"):
+        if path.suffix in (".py", ".html", ".css", ".js", ".jsonl", ".yaml"):
             digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     return f"{dqo.__version__}+{digest.hexdigest()[:12]}"
 
@@ -221,16 +221,16 @@ def _require_idle(workspace: Path) -> None:
 
 def _drop_stale_cache(recipe: Recipe, folder: RunFolder, uri: str) -> None:
     """Kubeflow's cache remembers the MLflow run; forget it when that run is gone (another or a deleted store)."""
-    import mlflow
+    from mlflow import MlflowClient
+
+    from dqo.mlflow_errors import in_words
+    from dqo.tracking import is_active
 
     remembered = folder.workspace / "runs" / f"{recipe.name}-{recipe.digest}.json"
     if not remembered.is_file():
         return
-    try:
-        run = mlflow.MlflowClient(uri).get_run(json.loads(remembered.read_text(encoding="utf-8"))["run_id"])
-        alive = run.info.lifecycle_stage == "active"
-    except mlflow.exceptions.MlflowException:
-        alive = False
+    with in_words("look for the run that this pipeline continues"):
+        alive = is_active(MlflowClient(uri), json.loads(remembered.read_text(encoding="utf-8"))["run_id"])
     if not alive:
         remembered.unlink()
         shutil.rmtree(folder.path / "cache", ignore_errors=True)
@@ -267,7 +267,7 @@ def _main(path: Path) -> None:
         cache_root=str(path / "cache"),
         raise_on_error=True,
     )
-    build(recipe)(**arguments)
+    build(recipe, cluster=False)(**arguments)
     shutil.copyfile(_newest(path, "evaluate/report"), path / "report.html.part")
     (path / "report.html.part").rename(path / "report.html")
     evaluation = json.loads(_newest(path, "evaluate/evaluation/evaluation.json").read_text(encoding="utf-8"))

@@ -34,6 +34,11 @@ def dqo_rl(
     from dqo.stages import rl
     from dqo.stages.context import Context
 
-    context = Context.after_prepare(parse(recipe), Path(workspace), mlflow_uri, Path(data.path))
+    settings, launcher = parse(recipe), None
+    if settings.distributed.nodes > 1:
+        from components.trainjob import TrainJobLauncher
+
+        launcher = TrainJobLauncher.in_cluster()
+    context = Context.after_prepare(settings, Path(workspace), mlflow_uri, Path(data.path), launcher)
     rl.run(context, variant, Path(data.path), Path(parent.path), Path(checkpoint.path))
     checkpoint.metadata["model"] = variant

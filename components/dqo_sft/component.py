@@ -30,6 +30,11 @@ def dqo_sft(
     from dqo.stages import sft
     from dqo.stages.context import Context
 
-    context = Context.after_prepare(parse(recipe), Path(workspace), mlflow_uri, Path(data.path))
+    settings, launcher = parse(recipe), None
+    if settings.distributed.nodes > 1:
+        from components.trainjob import TrainJobLauncher
+
+        launcher = TrainJobLauncher.in_cluster()
+    context = Context.after_prepare(settings, Path(workspace), mlflow_uri, Path(data.path), launcher)
     sft.run(context, Path(data.path), Path(checkpoint.path))
     checkpoint.metadata["model"] = "sft"

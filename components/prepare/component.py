@@ -6,7 +6,15 @@ from components.image import IMAGE
 
 
 @dsl.component(base_image=IMAGE, packages_to_install=[], install_kfp_package=False)
-def prepare(recipe: str, workspace: str, mlflow_uri: str, library: str, source: str, data: dsl.Output[dsl.Dataset]):
+def prepare(
+    recipe: str,
+    workspace: str,
+    mlflow_uri: str,
+    library: str,
+    source: str,
+    skip_unchanged: bool,
+    data: dsl.Output[dsl.Dataset],
+) -> str:
     """Validate, de-duplicate and split the prompts; open the pipeline's MLflow run.
 
     Args:
@@ -15,7 +23,11 @@ def prepare(recipe: str, workspace: str, mlflow_uri: str, library: str, source: 
         mlflow_uri: MLflow tracking URI.
         library: Version and source digest of the library, and the models' identities; part of the cache key only.
         source: Digest of the data source, part of the cache key only.
+        skip_unchanged: Look for an earlier finished run of the same recipe and data.
         data: train.jsonl, eval.jsonl, quarantine.jsonl, card.json, card.md, pipeline.json (the MLflow run).
+
+    Returns:
+        `unchanged` where such a run was looked for and found: nothing is left to do. Else `changed`.
     """
     from pathlib import Path
 
@@ -24,4 +36,4 @@ def prepare(recipe: str, workspace: str, mlflow_uri: str, library: str, source: 
     from dqo.stages.context import Context
 
     context = Context(parse(recipe), Path(workspace), mlflow_uri)
-    prepare.run(context, Path(data.path))
+    return prepare.run(context, Path(data.path), skip_unchanged)

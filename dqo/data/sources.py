@@ -143,6 +143,17 @@ def source_fingerprint(data: Data, task: Task) -> str:
         raise _unreadable(path, error) from None
 
 
+def hub_dataset(data: Data, task: Task) -> tuple[str, str | None] | None:
+    """Id and revision of the hub data set that a source names; `None` where it names a file.
+
+    Raises:
+        DQOError: If it is `public` and the task names no public set.
+    """
+    if data.source == _PUBLIC:
+        data = _on_the_hub(data, _public_set(data, task))
+    return (data.source.removeprefix(_HUB), data.revision) if data.source.startswith(_HUB) else None
+
+
 def _columns(data: Data, task: Task) -> dict[str, str]:
     """Column of each task field."""
     fields = (*task.fields, "references")

@@ -272,7 +272,8 @@ def _label_points(
     frame = Box(*(edge / point for edge in axes.get_window_extent().extents))
     sizes = [(extent.width / point, extent.height / point) for extent in extents]
     for text, box in zip(texts, place_labels(anchors, sizes, obstacles, frame), strict=True):
-        text.set(transform=None, position=(box.x0 * point, box.y0 * point), verticalalignment="bottom")
+        # In inches: a picture saved at another resolution than the figure's keeps its labels.
+        text.set(transform=figure.dpi_scale_trans, position=(box.x0 / 72, box.y0 / 72), verticalalignment="bottom")
         text.set_in_layout(False)
 
 
@@ -367,6 +368,77 @@ def curve_figure(curves: Mapping[str, Sequence[Interval]], across: str, up: str)
     axes.set_ylabel(up, color=_INK, fontsize=10)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
+    return figure
+
+
+def differences_figure(differences: Mapping[str, Mapping[str, Interval]], against: str) -> Figure:
+    """Differences of models to one model, a row a metric and a panel a model, in units of the longest interval's end.
+
+    Metrics have units of their own: each row is divided by its largest absolute bound over all panels, so a row says
+    whether a difference excludes zero and how models compare on it, not how large it is beside another row.
+
+    Args:
+        differences: Model -> metric -> its difference; the metrics are the same for all models.
+        against: Label of the model that is subtracted.
+
+    Returns:
+        A figure on white whose height grows with the metrics.
+    """
+    looks = styles(list(differences))
+    rows = list(next(iter(differences.values())))
+    figure = Figure(
+        figsize=(2.6 + 3.2 * len(differences), 1.3 + 0.3 * len(rows)), dpi=160, layout="constrained", facecolor="white"
+    )
+    ends = {
+        row: [abs(end) for found in differences.values() for end in (found[row].low, found[row].high, found[row].mean)]
+        for row in rows
+    }
+    scale = {row: max((end for end in found if math.isfinite(end)), default=0.0) or 1.0 for row, found in ends.items()}
+    first: Axes | None = None
+    for position, (model, found) in enumerate(differences.items(), start=1):
+        axes = figure.add_subplot(1, len(differences), position, sharey=first)
+        first = first or axes
+        _clean(axes)
+        axes.axvline(0, color=_MUTED, linewidth=1)
+        for height, row in enumerate(reversed(rows)):
+            interval = Interval(*(value / scale[row] for value in (found[row].mean, found[row].low, found[row].high)))
+            if math.isfinite(interval.mean):
+                axes.errorbar(
+                    interval.mean, height, xerr=_arm(interval), fmt=looks[model].marker, color=looks[model].light,
+                    elinewidth=1.8, markersize=7, markeredgecolor="white",
+                )  # fmt: skip
+        axes.set_yticks(range(len(rows)), [METRICS[row].label for row in reversed(rows)])
+        axes.tick_params(labelleft=position == 1)
+        axes.set_xlim(-1.1, 1.1)
+        axes.set_xticks([-1, 0, 1], ["lower", "0", "higher"])
+        axes.set_title(f"{model} minus {against}", loc="left", color=_INK, fontsize=10, fontweight="bold")
+    return figure
+
+
+def win_rates_figure(labels: Sequence[str], rates: Sequence[Sequence[Interval | None]]) -> Figure:
+    """How often each row's model wins over each column's, in percent with intervals.
+
+    Args:
+        labels: Of the models.
+        rates: A row a model, a column an opponent; `None` where there is none.
+
+    Returns:
+        A figure on white; violet where the row's model wins, orange where it loses.
+    """
+    size = len(labels)
+    figure = Figure(figsize=(2.2 + 1.5 * size, 1.2 + 0.8 * size), dpi=160, layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    means = np.array([[math.nan if one is None else one.mean for one in row] for row in rates])
+    axes.imshow(means, cmap="PuOr", vmin=0.0, vmax=1.0, alpha=0.6, aspect="auto")
+    for (i, j), mean in np.ndenumerate(means):
+        one = rates[i][j]
+        if one is not None and math.isfinite(mean):
+            text = f"{100 * mean:.0f}%\n[{100 * one.low:.0f}, {100 * one.high:.0f}]"
+            axes.text(j, i, text, ha="center", va="center", color=_INK, fontsize=9)
+    axes.set_xticks(range(size), [f"against {label}" for label in labels], rotation=20, ha="right", fontsize=8)
+    axes.set_yticks(range(size), labels, fontsize=8)
+    axes.tick_params(length=0, labelcolor=_INK)
+    axes.spines[:].set_visible(False)
     return figure
 
 

@@ -4,20 +4,16 @@ Responses are untrusted text: the template escapes everything, and the page forb
 script but its own (a content security policy with that script's hash).
 """
 
-import base64
-import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from dqo.evaluation import charts
+from dqo.evaluation import charts, page
 from dqo.evaluation.figures import (
     History,
     ModelResult,
@@ -29,17 +25,23 @@ from dqo.evaluation.figures import (
     volume_of,
 )
 from dqo.evaluation.metrics import METRICS
+from dqo.evaluation.page import (
+    MINUS,
+    Example,
+    Response,
+    cells,
+    known_mean,
+    listed,
+    signed,
+)
 from dqo.evaluation.statistics import Interval, overlap
 from dqo.files import write_text
 from dqo.health import Finding as HealthFinding
 from dqo.recipe import Recipe
 
-_MINUS = "\u2212"
-_NOT_MEASURED = "n/a"
 _SHOWN_FIRST = ("log_volume", "quality", "self_bleu_diversity", "best_of_n")
 # These look at words alone: nothing of them is in the objective, not even the sentence encoder.
 _WORD_DIVERSITY = ("distinct_1", "distinct_2", "distinct_4", "self_bleu_diversity", "self_rouge_diversity")
-_DIVERSITY = ("log_volume", "self_bleu_diversity", "vendi_score", "distinct_2", "cosine_distance")
 # What the trainers log beside the metrics of METRICS.
 _TRAINING_LABELS = {
     "loss": "Loss",
@@ -55,25 +57,6 @@ _TRAINING_LABELS = {
     "learning_rate": "Learning rate",
     "step_seconds": "Seconds a step",
 }
-
-
-@dataclass(frozen=True)
-class Response:
-    """One response and its reward; `None` where it could not be scored."""
-
-    text: str
-    quality: float | None
-    truncated: bool = False
-
-
-@dataclass(frozen=True)
-class Example:
-    """What every model answered to one prompt."""
-
-    prompt: str
-    responses: Mapping[str, Sequence[Response]]
-    """Model name -> its n responses in the order they were drawn."""
-    concepts: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -210,7 +193,7 @@ def find(data: ReportData) -> Finding:
         if not measured([model], metric)
     ]
     if missing:
-        return Finding("not measured", f"This run allows no finding: {_listed(missing)} could not be measured.")
+        return Finding("not measured", f"This run allows no finding: {listed(missing)} could not be measured.")
 
     volume, other_volume = ours.metrics["log_volume"], theirs.metrics["log_volume"]
     gain = volume.mean - other_volume.mean
@@ -226,7 +209,7 @@ def find(data: ReportData) -> Finding:
         return Finding(
             "not shown",
             f"No difference in diversity is shown: {spans}, but {reason}; "
-            f"the quality difference is {_MINUS + lost if costly else signed(change)}{cost}.",
+            f"the quality difference is {MINUS + lost if costly else signed(change)}{cost}.",
         )
     if gain < 0:
         return Finding("opposite", f"{spans} (intervals do not overlap), at a quality difference of {signed(change)}.")
@@ -246,11 +229,6 @@ def find(data: ReportData) -> Finding:
     return Finding("holds", f"{spans} (intervals do not overlap) at a quality difference of {signed(change)}.")
 
 
-def excludes_zero(difference: Interval | None) -> bool:
-    """Whether a paired difference is told apart from none; not when it or a bound is missing."""
-    return difference is not None and (difference.low > 0 or difference.high < 0)
-
-
 def agreement(data: ReportData) -> tuple[int, int]:
     """How many measures of diversity that look at words alone confirm the finding.
 
@@ -261,21 +239,6 @@ def agreement(data: ReportData) -> tuple[int, int]:
     return sum(data.model.metrics[metric].low > data.rival.metrics[metric].high for metric in both), len(both)
 
 
-def number(value: float | None) -> str:
-    """Write a number as the tables do; `n/a` for what could not be measured."""
-    if value is None or not math.isfinite(value):
-        return _NOT_MEASURED
-    decimals = 2 if abs(value) < 100 else 0
-    text = f"{value:.{decimals}f}"
-    return text.replace("-", _MINUS) if float(text) else text.removeprefix("-")
-
-
-def signed(value: float) -> str:
-    """Write a difference: with its sign, unless it rounds to zero."""
-    text = number(value)
-    return f"+{text}" if text[0] != _MINUS and text != _NOT_MEASURED and float(text) else text
-
-
 def _told_apart(a: float, b: float) -> tuple[str, str]:
     """Write two numbers with as many decimals, two or more, as it takes to see that they differ."""
     for decimals in range(2, 6):
@@ -283,90 +246,6 @@ def _told_apart(a: float, b: float) -> tuple[str, str]:
         if texts[0] != texts[1]:
             break
     return texts
-
-
-def _listed(items: Sequence[str]) -> str:
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
-
-
-@dataclass(frozen=True)
-class _Cell:
-    """One model's value of one metric, and where its interval lies in the row's range (percent)."""
-
-    interval: Interval | None
-    rank: Literal["best", "not told apart", ""]
-    start: float = 0.0
-    width: float = 0.0
-    point: float = 0.0
-
-
-def _measured(interval: Interval | None) -> Interval | None:
-    return interval if interval is not None and math.isfinite(interval.mean) else None
-
-
-def _cells(models: Sequence[ModelResult], metric: str) -> list[_Cell]:
-    """A row of the metric table."""
-    known = [interval for model in models if (interval := _measured(model.metrics.get(metric)))]
-    ends = [end for i in known for end in (i.low, i.mean, i.high) if math.isfinite(end)]
-    low, high = (min(ends), max(ends)) if ends else (0.0, 0.0)
-    scale = 100 / (high - low) if high > low else 0.0
-    direction = METRICS[metric].direction
-    best = None
-    if direction != "neutral" and len({interval.mean for interval in known}) > 1:
-        best = (max if direction == "higher" else min)(known, key=lambda interval: interval.mean)
-
-    def rank(interval: Interval) -> Literal["best", "not told apart", ""]:
-        if best is None:
-            return ""
-        if interval.mean == best.mean:
-            return "best"
-        return "not told apart" if overlap(interval, best) else ""
-
-    cells = []
-    for model in models:
-        interval = _measured(model.metrics.get(metric))
-        if interval is None:
-            cells.append(_Cell(None, ""))
-            continue
-        start, end = (interval.low, interval.high) if _has_bounds(interval) else (interval.mean, interval.mean)
-        cells.append(
-            _Cell(
-                interval,
-                rank(interval),
-                scale * (start - low) if scale else 50.0,
-                scale * (end - start),
-                scale * (interval.mean - low) if scale else 50.0,
-            )
-        )
-    return cells
-
-
-def _has_bounds(interval: Interval) -> bool:
-    return math.isfinite(interval.low) and math.isfinite(interval.high)
-
-
-@dataclass(frozen=True)
-class _Shown:
-    """One response of an example as the page shows it."""
-
-    position: int
-    response: Response
-    repeats: int | None
-    """Position of the response it repeats but for case and white space."""
-
-
-def _with_repeats(responses: Sequence[Response]) -> list[_Shown]:
-    first: dict[str, int] = {}
-    shown = []
-    for position, response in enumerate(responses, start=1):
-        original = first.setdefault(" ".join(response.text.casefold().split()), position)
-        shown.append(_Shown(position, response, original if original != position else None))
-    return shown
-
-
-def _safe_url(address: str | None) -> str | None:
-    """Only web pages become links; anything else (`javascript:`, a file) is left out."""
-    return address if address and urlsplit(address).scheme in ("http", "https") else None
 
 
 def _flat(card: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -455,41 +334,20 @@ def render(data: ReportData) -> str:
     lineage = [("base", "sft"), *(("sft", variant) for variant in data.recipe.variants)]
     n = data.recipe.evaluation.n
     shown_metrics = [metric for metric in METRICS if any(metric in model.metrics for model in data.models)]
-    planes = [
-        (
-            metric,
-            [charts.plane(data.models, looks, metric, n, lineage, narrow) for narrow in (False, True)],
-            [model.label for model in data.models if not measured([model], metric, "quality")],
-        )
-        for metric in _DIVERSITY
-        if measured(data.models, metric, "quality")
-    ]
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "signed": signed, "link": _safe_url, "repeats": _with_repeats}
-    environment.tests["told_apart_from_zero"] = excludes_zero
-    script = (Path(__file__).parent / "report.js").read_text(encoding="utf-8")
-    volume, other_volume = (_measured(model.metrics.get("log_volume")) for model in (data.model, data.rival))
-    document = environment.get_template("report.html").render(
+    volume, other_volume = (known_mean(model.metrics.get("log_volume")) for model in (data.model, data.rival))
+    return page.render(
+        "report.html",
+        ["page.js"],
+        title=f"{data.recipe.name} · quality and diversity",
         data=data,
         recipe=data.recipe,
         finding=find(data),
         agreement=agreement(data),
         key_metrics=[metric for metric in _SHOWN_FIRST if metric in shown_metrics],
         unrelated=[unrelated_responses(v.mean, n) for v in (volume, other_volume) if v],
-        planes=planes,
+        planes=page.planes(data.models, looks, n, lineage),
         curves=_curve_sets(data, looks, labels),
-        table=[
-            (METRICS[metric], _cells(data.models, metric), data.differences.get(metric)) for metric in shown_metrics
-        ],
-        cells=_cells,
-        metrics=METRICS,
-        has_bounds=_has_bounds,
+        table=[(METRICS[metric], cells(data.models, metric), data.differences.get(metric)) for metric in shown_metrics],
         looks=looks,
         labels=labels,
         style=style,
@@ -500,11 +358,7 @@ def render(data: ReportData) -> str:
         card=_flat(data.data_card),
         environment=_flat(data.environment),
         recipe_rows=_recipe_rows(data.recipe),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
-    # JSON can smuggle NUL, which HTML forbids, and lone surrogates, which have no UTF-8 form, into a response.
-    return document.replace("\0", "\ufffd").encode("utf-8", "replace").decode("utf-8")
 
 
 def write(data: ReportData, path: Path) -> None:

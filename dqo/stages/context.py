@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,31 @@ _TORCH_WRITER = ("inline_container.cc", "PytorchStreamWriter", "iostream error")
 
 
 @dataclass(frozen=True)
+class NodesJob:
+    """Training processes to be started on several nodes that share the workspace.
+
+    Attributes:
+        recipe: The recipe: nodes, processes of each, resources.
+        name: The stage's name, e.g. `rl-dqo`.
+        key: The stage's key.
+        workspace: The workspace, under the same path on each node.
+        module: Python module that torchrun starts in each process.
+        arguments: The module's.
+        environment: Variables of each process.
+        output: File that the first process writes last.
+    """
+
+    recipe: Recipe
+    name: str
+    key: str
+    workspace: Path
+    module: str
+    arguments: tuple[str, ...]
+    environment: dict[str, str]
+    output: Path
+
+
+@dataclass(frozen=True)
 class Context:
     """One pipeline run as a stage sees it.
 
@@ -39,19 +64,29 @@ class Context:
         workspace: Folder that outlives tasks and runs: checkpoints, finished stages, progress.
         mlflow_uri: Tracking URI; empty takes MLFLOW_TRACKING_URI.
         parent_run_id: The pipeline's MLflow run; empty only in `prepare`, which opens it.
+        launcher: Starts training processes on several nodes and returns when all have ended well, raising a DQOError
+            otherwise; None where there is this machine only.
     """
 
     recipe: Recipe
     workspace: Path
     mlflow_uri: str
     parent_run_id: str = ""
+    launcher: Callable[[NodesJob], None] | None = None
 
     def __post_init__(self) -> None:
         # A compiled pipeline whose recipe names no server leaves it to the place where its tasks run.
         object.__setattr__(self, "mlflow_uri", self.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI", ""))
 
     @classmethod
-    def after_prepare(cls, recipe: Recipe, workspace: Path, mlflow_uri: str, data: Path) -> "Context":
+    def after_prepare(
+        cls,
+        recipe: Recipe,
+        workspace: Path,
+        mlflow_uri: str,
+        data: Path,
+        launcher: Callable[[NodesJob], None] | None = None,
+    ) -> "Context":
         """The context of a later stage: the pipeline's MLflow run is named in the prepared data.
 
         Raises:
@@ -59,9 +94,10 @@ class Context:
         """
         path = data / PIPELINE_FILE
         try:
-            return cls(recipe, workspace, mlflow_uri, json.loads(path.read_text(encoding="utf-8"))["mlflow_run_id"])
+            run_id = json.loads(path.read_text(encoding="utf-8"))["mlflow_run_id"]
         except (OSError, ValueError, KeyError):
             raise DQOError(f"{path}: missing or unreadable; expected the folder written by the prepare stage") from None
+        return cls(recipe, workspace, mlflow_uri, run_id, launcher)
 
     @property
     def progress_file(self) -> Path:

@@ -20,12 +20,12 @@ from dqo.evaluation.figures import ModelResult
 from dqo.evaluation.metrics import METRICS, group_metrics
 from dqo.evaluation.statistics import Interval, bootstrap_interval, paired_difference
 from dqo.files import read_jsonl, write_jsonl, write_text
+from dqo.gate import decide
 from dqo.generation import sample_texts
 from dqo.health import judge
 from dqo.policy import CheckpointCard, default_device, end_of_turn_ids, load_for_inference, load_tokenizer
 from dqo.progress import Progress
 from dqo.recipe import Recipe
-from dqo.registry import decide
 from dqo.rewards import Reward, build, score
 from dqo.shell import dqo_command
 from dqo.stages.context import Context, StageFolder, reward_identity, running, stage_key, with_identity
@@ -184,21 +184,21 @@ def _measure(
     histories = {name: read_jsonl(path / "history.jsonl") for name, path in folders.items() if path is not None}
     method = recipe.method
     health = {name: judge(recipe.rl.health, histories[name], method.k, method.kernel_scale) for name in recipe.variants}
-    stopped = cards["dqo"].stopped
-    gate = decide(recipe.gate, intervals, stopped=None if stopped is None else stopped["reason"])
     output = folder.fresh_output()
     write_jsonl(output / "responses.jsonl", [result for results in sampled.values() for result in results])
-    document = {
+    document: dict[str, Any] = {
         "models": models,
         "n": settings.n,
         "prompts": len(rows),
         "confidence": settings.confidence,
         "directions": {name: metric.direction for name, metric in METRICS.items()},
-        "gate": asdict(gate),
+        "stopped": {name: one.stopped["reason"] for name, one in cards.items() if one.stopped is not None},
         "health": {name: [finding.to_dict() for finding in findings] for name, findings in health.items()},
         "data_digest": card.digest,
         "recipe_digest": recipe.digest,
     }
+    gate = decide(recipe.gate, document)
+    document["gate"] = asdict(gate)
     write_text(output / "evaluation.json", json.dumps(document, indent=1, allow_nan=False) + "\n")
     runs = {name: checkpoint.mlflow_run_id for name, checkpoint in cards.items()}
     local = not context.mlflow_uri.startswith("http")

@@ -1,7 +1,8 @@
-"""A training stage's processes: the stage's own, or several that torchrun's agent starts, watches and ends.
+"""A training stage's processes: the stage's own, or several that torchrun's agents start, watch and end.
 
 The stage's process holds the lock and the MLflow run. With several processes it computes nothing: it writes the job to
-a file, and each process (`dqo.stages.worker`) reads it and does the stage's work. The first one reports.
+a file, and each process (`dqo.stages.worker`) reads it and does the stage's work. The first one reports. On one machine
+the agent runs in the stage's process; with several nodes each has an agent, which the context's launcher starts.
 """
 
 import json
@@ -10,7 +11,7 @@ import shutil
 import signal
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,12 @@ from dqo.distributed import environment, require_machine
 from dqo.errors import DQOError
 from dqo.files import write_text
 from dqo.progress import Progress
-from dqo.stages.context import Context, StageFolder
+from dqo.stages.context import Context, NodesJob, StageFolder
 from dqo.stages.training import newest_checkpoint
 from dqo.tracking import Run
+
+_WORKER = "dqo.stages.worker"
+_FOLDERS = {"data", "parent"}  # inputs that a task finds on its own disk
 
 STAGE_PROCESS = "DQO_STAGE_PROCESS"
 """Variable with the id of the stage's process, whose end is that of the processes it has started."""
@@ -57,17 +61,13 @@ def carry_out(
         inputs: Further arguments of `work`: names and paths.
 
     Raises:
-        DQOError: If this machine cannot run the processes, if one was killed, or as one of them raised it.
+        DQOError: If the processes cannot be run here, if one was killed, or as one of them or the launcher raised it.
         RuntimeError: If a process failed otherwise, with its own traceback as a note.
         KeyboardInterrupt: If a signal ended the stage; its processes have ended then.
     """
-    require_machine(context.recipe)
-    newest_checkpoint(folder.path)  # removes incomplete ones before several processes look
-    if context.recipe.processes == 1:
-        work(context, folder, progress, run, key, **inputs)
-    else:
-        place = folder.path / "processes"
-        shutil.rmtree(place, ignore_errors=True)
+    place = folder.path / "processes"
+
+    def write_job(inputs: dict[str, str]) -> Path:
         job = {
             "work": work.__module__.rpartition(".")[2],
             "recipe": context.recipe.to_json(),
@@ -79,12 +79,78 @@ def carry_out(
             "inputs": inputs,
         }
         write_text(place / "job.json", json.dumps(job))
-        with patch_environment(**environment(context.recipe.distributed.strategy)):
-            launch(["-m", "dqo.stages.worker", str(place / "job.json")], place, context.recipe.processes)
-        shutil.rmtree(place)
+        return place / "job.json"
+
+    strategy = context.recipe.distributed.strategy
+    if context.recipe.distributed.nodes > 1 and context.launcher is not None:
+        # Nothing is cleared away before: processes that an earlier, killed call has started may still be at work.
+        inputs = inputs | {each: _share(Path(inputs[each]), place / "inputs" / each) for each in _FOLDERS & set(inputs)}
+        job = NodesJob(
+            context.recipe,
+            name,
+            key,
+            context.workspace,
+            _WORKER,
+            (str(write_job(inputs)),),
+            {"MLFLOW_TRACKING_URI": context.mlflow_uri, **environment(strategy)},
+            folder.output / "history.jsonl",
+        )
+        _launch_on_nodes(context.launcher, job, place)
+    else:
+        require_machine(context.recipe)
+        newest_checkpoint(folder.path)  # removes incomplete ones before several processes look
+        if context.recipe.processes == 1:
+            work(context, folder, progress, run, key, **inputs)
+        else:
+            shutil.rmtree(place, ignore_errors=True)
+            path = write_job(inputs)
+            with patch_environment(**environment(strategy)):
+                launch(["-m", _WORKER, str(path)], place, context.recipe.processes)
+    shutil.rmtree(place, ignore_errors=True)
     run.folder(folder.output, "checkpoint")
     folder.finish()
     shutil.rmtree(folder.path / "checkpoints", ignore_errors=True)
+
+
+def _share(source: Path, destination: Path) -> str:
+    """Copy a folder into the workspace, where the other nodes find it; what is there already is the same."""
+    if not destination.exists():  # the stage's key holds the digests of its inputs
+        unfinished = destination.with_name(f".{destination.name}.part")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(source, unfinished)
+        unfinished.rename(destination)
+    return str(destination)
+
+
+def _launch_on_nodes(launcher: Callable[[NodesJob], None], job: NodesJob, place: Path) -> None:
+    """Have the launcher start the job, and tell a failure by what the processes have left.
+
+    Raises:
+        DQOError: As the first process to fail raised it, or else as the launcher raised it.
+    """
+    try:
+        launcher(job)
+    except DQOError as error:
+        count = job.recipe.processes
+        told = _told(place, range(count))
+        order = sorted(told, key=lambda rank: told[rank]["time"])
+        for rank in order:
+            if told[rank]["type"] == DQOError.__name__:
+                raise DQOError(f"{told[rank]['message']} (process {rank} of {count})") from None
+        if not order:
+            raise
+        # It may be the cause, or have lost its connection to a process that was killed, which the launcher tells.
+        first = told[order[0]]
+        words = f"{first['type']}: {first['message']}"
+        complete = DQOError(f"{error}\nThe first process to complain was {order[0]} of {count}: {words}")
+        complete.add_note(first["traceback"])
+        raise complete from None
+
+
+def _told(place: Path, ranks: Iterable[int]) -> dict[int, dict[str, Any]]:
+    """What processes have left by `write_failure`."""
+    paths = {rank: place / f"failure-{rank}.json" for rank in ranks}
+    return {rank: json.loads(path.read_text(encoding="utf-8")) for rank, path in paths.items() if path.is_file()}
 
 
 def launch(arguments: Sequence[str], place: Path, processes: int) -> None:
@@ -139,11 +205,7 @@ def write_failure(job: Path, rank: int, failure: dict[str, Any]) -> None:
 
 def _cause(place: Path, failures: dict[int, ProcessFailure], count: int) -> Exception:
     """The error that the others followed from: when one process fails, the others lose their connection to it."""
-    told = {}
-    for rank in failures:
-        path = place / f"failure-{rank}.json"
-        if path.is_file():
-            told[rank] = json.loads(path.read_text(encoding="utf-8"))
+    told = _told(place, failures)
     order = sorted(told, key=lambda rank: told[rank]["time"])
     for rank in order:
         if told[rank]["type"] == DQOError.__name__:

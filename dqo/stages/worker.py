@@ -1,4 +1,4 @@
-"""One of the several processes of a training stage, started by `dqo.stages.processes`.
+"""One of the several processes of a training stage, started by `dqo.stages.processes` or, on several nodes, torchrun.
 
 By hand, to look into a failure (without the stage's process, which finishes the output):
 `torchrun --standalone --nproc-per-node 2 -m dqo.stages.worker STAGE_FOLDER/processes/job.json`.
@@ -13,10 +13,13 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
 
+from dqo.distributed import require_node
+from dqo.errors import DQOError
 from dqo.progress import Progress
 from dqo.recipe import parse
 from dqo.stages import rl, sft
@@ -35,9 +38,11 @@ def main(path: Path) -> None:
     try:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        job = json.loads(path.read_text(encoding="utf-8"))
+        path.with_name(f"failure-{rank}.json").unlink(missing_ok=True)  # of pods that Kubernetes has replaced
+        job = _read_job(path)
         # MLflow's address is in the environment, where the stage's process has put it.
         context = Context(parse(job["recipe"]), Path(job["workspace"]), "", job["parent_run_id"])
+        require_node(context.recipe)
         works: dict[str, Callable[..., None]] = {"sft": sft.work, "rl": rl.work}
         works[job["work"]](
             context,
@@ -60,6 +65,22 @@ def main(path: Path) -> None:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)  # an orderly end might wait for processes that wait for this one
+
+
+def _read_job(path: Path) -> dict[str, Any]:
+    """Read a job file.
+
+    Raises:
+        DQOError: If it is not there.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DQOError(
+            f"{path}: no such job; expected the file that the stage has written: does this node mount the volume claim "
+            "of the workspace (resources.workspace_claim) at the same place?"
+        ) from None
+    return content
 
 
 def _end_with(parent: int) -> None:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import pytest
 from helm import SCENARIOS, Rendered, render
 
+from components.trainjob import CALLS
+
 each_scenario = pytest.mark.parametrize("scenario", SCENARIOS)
 # What these tests know how to judge.
 KNOWN = set(
@@ -124,10 +126,19 @@ def test_the_runners_rights_are_the_least(scenario: str):
         {
             "apiGroups": ["trainer.kubeflow.org"],
             "resources": ["trainjobs"],
-            "verbs": ["create", "delete", "get", "list", "watch"],
+            "verbs": ["create", "delete", "get"],
         },
-        {"apiGroups": [""], "resources": ["pods", "pods/log"], "verbs": ["get", "list", "watch"]},
+        {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list"]},
+        {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]},
     ]
+    allowed = {
+        (verb, group, resource)
+        for rule in role["rules"]
+        for verb in rule["verbs"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+    }
+    assert allowed == set(CALLS)  # tests/unit/test_trainjob.py sees the launcher make exactly these
     (binding,) = rendered.of("RoleBinding")
     assert binding["roleRef"]["name"] == role["metadata"]["name"]
     subjects = {(subject["namespace"], subject["name"]) for subject in binding["subjects"]}

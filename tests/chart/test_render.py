@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
+from google.protobuf import json_format
 from helm import CHART, MAJORS, SCENARIOS, render, run
+from kfp.kubernetes.kubernetes_executor_config_pb2 import KubernetesExecutorConfig
 from schemas import errors
 from update_golden import GOLDEN, golden
 from yamllint import linter
@@ -157,19 +159,60 @@ def test_a_pipeline_is_the_compiled_one_with_this_installation_in_it(recipe: str
     from pipelines.pipeline import compile_recipe
 
     compile_recipe(load(ROOT / "recipes" / f"{recipe}.yaml"), tmp_path / "pipeline.yaml")
-    expected = yaml.safe_load((tmp_path / "pipeline.yaml").read_text())
-    executors = expected["deploymentSpec"]["executors"].values()
-    assert len(executors) == 5
-    for executor in executors:
-        assert executor["container"]["image"] == "dqo-trainer:0.1.0"
-        executor["container"]["image"] = "mirror/dqo-trainer:next"
+    expected, platform = yaml.safe_load_all((tmp_path / "pipeline.yaml").read_text())
+    executors = expected["deploymentSpec"]["executors"]
+    settings = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert len(executors) == len(settings) == 7
+    here = {"HF_HOME": "/models/huggingface", "XDG_CACHE_HOME": "/workspace/cache"}
+    for executor in executors.values():
+        container = executor["container"]
+        assert container["image"] == "dqo-trainer:0.1.0"
+        container["image"] = "mirror/dqo-trainer:next"
+        variables = {entry["name"]: entry["value"] for entry in container["env"]} | here
+        container["env"] = [{"name": name, "value": value} for name, value in sorted(variables.items())]
+    claims = {"/models": "dqo-model-cache", "/workspace": "dqo-workspace"}
+    user = {"username": "MLFLOW_TRACKING_USERNAME", "password": "MLFLOW_TRACKING_PASSWORD"}
+    for setting in settings.values():
+        setting |= {
+            "imagePullPolicy": "IfNotPresent",
+            "imagePullSecret": [{"secretName": "registry", "secretNameParameter": constant("registry")}],
+            "pvcMount": [
+                {"constant": name, "mountPath": path, "pvcNameParameter": constant(name)}
+                for path, name in claims.items()
+            ],
+            "secretAsEnv": [
+                {
+                    "secretName": "mlflow-user",
+                    "secretNameParameter": constant("mlflow-user"),
+                    "keyToEnv": [{"secretKey": key, "envVar": variable} for key, variable in user.items()],
+                    "optional": True,
+                }
+            ],
+        }
+        json_format.ParseDict(setting, KubernetesExecutorConfig())
     uri = expected["root"]["inputDefinitions"]["parameters"]["mlflow_uri"]
     assert uri["defaultValue"] == ""
     uri["defaultValue"] = "http://dqo-mlflow.ml.svc:5000"
     image = ("--set", "imageRegistry=mirror,trainer.image.tag=next")
     versions = {v["spec"]["pipelineName"]: v["spec"] for v in render("full", *image).of("PipelineVersion")}
     assert versions[f"dqo-{recipe}"]["pipelineSpec"] == expected
+    assert versions[f"dqo-{recipe}"]["platformSpec"] == platform
     assert versions[f"dqo-{recipe}"]["description"] == expected["pipelineInfo"]["description"]
+
+
+def constant(name: str) -> dict[str, Any]:
+    return {"runtimeValue": {"constant": name}}
+
+
+def test_pipelines_of_another_namespace_name_nothing_that_is_only_here():
+    """A claim or Secret of this namespace does not exist there; a pod would wait for it."""
+    there = render("full", "--set", "pipelines.namespace=kubeflow").of("PipelineVersion")
+    for version in there:
+        for setting in version["spec"]["platformSpec"]["platforms"]["kubernetes"]["deploymentSpec"][
+            "executors"
+        ].values():
+            assert not setting.keys() & {"pvcMount", "secretAsEnv"}
+            assert setting["imagePullPolicy"] == "IfNotPresent"
 
 
 def test_a_changed_pipeline_is_a_new_version():

@@ -148,6 +148,8 @@ def test_every_misfit_of_sections_is_reported_at_once():
     [
         ("", 1),
         ("distributed: {processes: 4}", 4),
+        ("distributed: {nodes: 2, processes: 4}\nresources: {workspace_claim: w}", 8),
+        ("distributed: {nodes: 2}\nresources: {workspace_claim: w, accelerator: g, accelerator_count: 2}", 4),
         ("resources: {accelerator: nvidia.com/gpu}", 1),
         ("resources: {accelerator: nvidia.com/gpu, accelerator_count: 4}", 4),
         ("resources: {accelerator: nvidia.com/gpu, accelerator_count: 4}\ndistributed: {processes: 4}", 4),
@@ -168,6 +170,28 @@ def test_processes_follow_the_accelerators(text: str, processes: int):
             "distributed.processes",
             "got 2 with resources.accelerator_count 4",
         ),
+        (
+            "distributed: {nodes: 2}\nresources: {workspace_claim: w}",
+            "distributed.nodes",
+            "got 2 with neither accelerators nor a number of processes",
+        ),
+        (
+            "distributed: {nodes: 3, processes: 1}\nsft: {prompts_per_step: 3}\nrl: {prompts_per_step: 3}",
+            "distributed.nodes",
+            "got 3 without resources.workspace_claim",
+        ),
+        (
+            "distributed: {nodes: 3, processes: 1}\nresources: {workspace_claim: w}\nsft: {prompts_per_step: 3}",
+            "rl.prompts_per_step",
+            "divide over 3 processes",
+        ),
+        (
+            "distributed: {nodes: 2}\nresources: {workspace_claim: w, accelerator: g, accelerator_count: 2}\n"
+            "rl: {rollout: {engine: vllm, tensor_parallel_size: 4}}",
+            "rl.rollout.tensor_parallel_size",
+            "expected a divisor of the 2 training processes of a node",
+        ),
+        ("distributed: {nodes: 0}", "distributed.nodes", "greater than or equal to 1"),
         ("distributed: {processes: 0}", "distributed.processes", "greater than or equal to 1"),
         ("distributed: {strategy: fsdp}", "distributed.strategy", "got 'fsdp' with one process"),
         ("distributed: {processes: 2, strategy: zero1}", "distributed.strategy", "'zero2' or 'zero3'"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dqo.evaluation import figures, report
+from dqo.evaluation import page as page_parts
 from dqo.evaluation.figures import Box, ModelResult
 from dqo.evaluation.metrics import METRICS, duplicate_rate
 from dqo.evaluation.report import Example, Gate, Links, ReportData, Response
@@ -317,7 +318,7 @@ def test_repeats_are_marked_as_the_metric_counts_them(data, page):
 
 def ranks(metric, *intervals):
     models = [ModelResult(str(i), str(i), {metric: value}) for i, value in enumerate(intervals)]
-    return [cell.rank for cell in report._cells(models, metric)]
+    return [cell.rank for cell in page_parts.cells(models, metric)]
 
 
 def test_best_value_is_marked():
@@ -335,7 +336,7 @@ def test_bars_of_a_row_share_its_scale():
         ModelResult("a", "a", {"quality": Interval(2.0, 1.0, 4.0)}),
         ModelResult("b", "b", {"quality": Interval(5.0, 4.5, 6.0)}),
     ]
-    bars = [(cell.start, cell.width, cell.point) for cell in report._cells(models, "quality")]
+    bars = [(cell.start, cell.width, cell.point) for cell in page_parts.cells(models, "quality")]
     assert bars == [pytest.approx((0, 60, 20)), pytest.approx((70, 30, 80))]
 
 
@@ -345,7 +346,7 @@ def test_bars_of_a_row_share_its_scale():
      (256.4, "256", "+256")],
 )  # fmt: skip
 def test_numbers(value, plain, sign):
-    assert (report.number(value), report.signed(value)) == (plain, sign)
+    assert (page_parts.number(value), page_parts.signed(value)) == (plain, sign)
 
 
 def test_data_card_is_readable(page):
@@ -425,7 +426,7 @@ def luminance(colour):
 def test_colours_are_readable_as_text_on_the_page_s_cards(name):
     # WCAG 2.2, 1.4.3: 4.5 to 1.
     style = figures.styles(["unknown_1", "unknown_2", name])[name]
-    css = (Path(report.__file__).parent / "report.html").read_text(encoding="utf-8")
+    css = (Path(report.__file__).parent / "page.css").read_text(encoding="utf-8")
     for colour, card in ((style.light, "#ffffff"), (style.dark, "#1a1d23")):
         assert f"--card: {card}" in css
         lighter, darker = sorted((luminance(colour), luminance(card)), reverse=True)

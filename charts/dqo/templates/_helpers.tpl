@@ -201,6 +201,63 @@ spec:
 {{- end }}
 {{- end }}
 
+{{/*
+Put this installation into a compiled pipeline: image, user, registry credentials and, where its tasks run in the
+release's namespace, volumes and the MLflow user. Claims and Secrets that the recipe names stay. Changes `spec`, writes nothing.
+Call: (dict "root" $ "spec" <spec of a PipelineVersion> "image" <reference> "here" <bool>)
+*/}}
+{{- define "dqo.placed" -}}
+{{- $v := .root.Values -}}
+{{- $mounts := dict -}}
+{{- $variables := dict -}}
+{{- if .here -}}
+  {{- if $v.workspace.enabled -}}
+    {{- $_ := set $mounts "/workspace" (include "dqo.claimName" (dict "root" .root "section" $v.workspace "suffix" "workspace")) -}}
+    {{- $_ := set $variables "XDG_CACHE_HOME" "/workspace/cache" -}}
+  {{- end -}}
+  {{- if $v.modelCache.enabled -}}
+    {{- $_ := set $mounts "/models" (include "dqo.claimName" (dict "root" .root "section" $v.modelCache "suffix" "model-cache")) -}}
+    {{- $_ := set $variables "HF_HOME" "/models/huggingface" -}}
+  {{- end -}}
+{{- end -}}
+{{- if $v.offline }}{{ $_ := set $variables "HF_HUB_OFFLINE" "1" }}{{ end -}}
+{{- range .spec.pipelineSpec.deploymentSpec.executors -}}
+  {{- $_ := set .container "image" $.image -}}
+  {{- $env := dict -}}
+  {{- range .container.env }}{{ $_ := set $env .name .value }}{{ end -}}
+  {{- $list := list -}}
+  {{- range $name, $value := merge (dict) $variables $env -}}
+    {{- $list = append $list (dict "name" $name "value" $value) -}}
+  {{- end -}}
+  {{- $_ := set .container "env" $list -}}
+{{- end -}}
+{{- range .spec.platformSpec.platforms.kubernetes.deploymentSpec.executors -}}
+  {{- $_ := set . "imagePullPolicy" $v.trainer.image.pullPolicy -}}
+  {{- $user := toString $v.podSecurity.runAsUser -}}
+  {{- $_ := set . "securityContext" (dict "runAsUser" $user "runAsGroup" $user "runAsNonRoot" true) -}}
+  {{- $pull := default list .imagePullSecret -}}
+  {{- range $v.imagePullSecrets -}}
+    {{- $pull = append $pull (dict "secretName" . "secretNameParameter" (dict "runtimeValue" (dict "constant" .))) -}}
+  {{- end -}}
+  {{- if $pull }}{{ $_ := set . "imagePullSecret" $pull }}{{ end -}}
+  {{- $claims := default list .pvcMount -}}
+  {{- $taken := list -}}
+  {{- range $claims }}{{ $taken = append $taken .mountPath }}{{ end -}}
+  {{- range $path, $claim := $mounts -}}
+    {{- if not (has $path $taken) -}}
+      {{- $claims = append $claims (dict "constant" $claim "mountPath" $path "pvcNameParameter" (dict "runtimeValue" (dict "constant" $claim))) -}}
+    {{- end -}}
+  {{- end -}}
+  {{- if $claims }}{{ $_ := set . "pvcMount" $claims }}{{ end -}}
+  {{- $secrets := default list .secretAsEnv -}}
+  {{- if and $.here $v.tracking.existingSecret (not (contains "MLFLOW_TRACKING_PASSWORD" (toJson $secrets))) -}}
+    {{- $keys := list (dict "secretKey" "username" "envVar" "MLFLOW_TRACKING_USERNAME") (dict "secretKey" "password" "envVar" "MLFLOW_TRACKING_PASSWORD") -}}
+    {{- $secrets = append $secrets (dict "secretName" $v.tracking.existingSecret "secretNameParameter" (dict "runtimeValue" (dict "constant" $v.tracking.existingSecret)) "keyToEnv" $keys "optional" true) -}}
+  {{- end -}}
+  {{- if $secrets }}{{ $_ := set . "secretAsEnv" $secrets }}{{ end -}}
+{{- end -}}
+{{- end }}
+
 {{/* A file of the chart as the value of a ConfigMap's key. Call: (dict "root" $ "path" "files/...") */}}
 {{- define "dqo.file" -}}
 {{- .root.Files.Get .path | trim | nindent 4 | replace "\n    \n" "\n\n" | replace "\n    \n" "\n\n" -}}

@@ -1,0 +1,184 @@
+"""The command `submit`: a recipe's pipeline on a Kubeflow server, a run of it, and its progress."""
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import kfp_server_api as api
+from rich.console import Console
+
+from dqo.errors import DQOError
+from dqo.recipe import Recipe
+from pipelines.display import Display, Follower
+from pipelines.kubeflow import Access, Server, Unreachable, connected, parameters
+
+_SECONDS = 3.0  # between two questions
+_PATIENCE = 600.0  # seconds without an answer after which watching gives up; the run goes on
+_ENDED = {"SUCCEEDED": 0, "FAILED": 1, "CANCELED": 1}
+_STAGES = {"prepare": "prepare", "dqo-sft": "sft", "evaluate": "evaluate", "register": "register"}
+_SEVERAL = "dqo-rl"
+
+
+def run(
+    recipe: Recipe,
+    access: Access,
+    mlflow_uri: str | None = None,
+    watch: bool = False,
+    start: bool = True,
+    service_account: str | None = None,
+) -> int:
+    """Upload a recipe's pipeline, start a run and print its link; returns the exit status.
+
+    Args:
+        recipe: The recipe.
+        access: The server.
+        mlflow_uri: MLflow's address as the tasks see it; None leaves the recipe's, or that of their environment.
+        watch: Follow the run; the status is then the run's.
+        start: Whether to start a run; without it, only the pipeline version is uploaded.
+        service_account: Account that the run's tasks run as; None takes Kubeflow's.
+
+    Raises:
+        DQOError: If the server cannot be used or refuses something.
+    """
+    console = Console(highlight=False)
+    with connected(access) as server:
+        experiment = server.experiment_id() if start else ""
+        uploaded = server.upload(recipe)
+        state = "uploaded" if uploaded.new else "there already"
+        console.print(f"Pipeline version {uploaded.name} ({state})", soft_wrap=True)
+        if not start:
+            return 0
+        body = api.V2beta1Run(
+            display_name=f"{recipe.name} {time.strftime('%Y-%m-%d %H:%M:%S')}",
+            experiment_id=experiment,
+            pipeline_version_reference=uploaded.reference,
+            runtime_config=parameters(recipe, mlflow_uri),
+            service_account=service_account,
+        )
+        started = server.call("start a run", server.runs.run_service_create_run, body)
+        console.print(f"Run: {server.run_link(started.run_id)}", soft_wrap=True, markup=False)
+        return _watch(console, server, recipe, started.run_id) if watch else 0
+
+
+class RunFollower(Follower):
+    """Reads the states of a run's tasks from Kubeflow and tells them as the stages of a local run would."""
+
+    def __init__(self, recipe: Recipe, server: Server, run_id: str) -> None:
+        super().__init__(recipe)
+        self._variants = recipe.variants
+        self._server = server
+        self._run_id = run_id
+        self._told: dict[str, set[str]] = {}
+        self._heard = time.monotonic()
+        self.state = ""
+
+    def _read(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Ask once.
+
+        Raises:
+            DQOError: If the server refuses, or has not answered for ten minutes.
+        """
+        try:
+            answer = self._server.call("ask for the run", self._server.runs.run_service_get_run, self._run_id)
+        except Unreachable:
+            if time.monotonic() - self._heard > _PATIENCE:
+                raise
+            return
+        self._heard = time.monotonic()
+        self.state = answer.state or ""
+        tasks = (answer.run_details and answer.run_details.task_details) or []
+        failures = []
+        for stage, task in stages(tasks, self._variants):
+            for event in self._events(stage, task):
+                if event["event"] == "error":
+                    failures.append(f"{self.stages[stage].title}: {event['message']}")
+                yield stage, event
+        if answer.error and answer.error.message:
+            failures.append(answer.error.message)
+        if failures:
+            self.error = "; ".join(failures)
+
+    def _events(self, stage: str, task: Any) -> Iterator[dict[str, Any]]:
+        """What is new of a task, each thing once."""
+        told, state = self._told.setdefault(stage, set()), task.state
+        begin = _seconds(task.start_time) or _seconds(task.create_time) or time.time()
+        end = _seconds(task.end_time) or time.time()
+        wanted: list[dict[str, Any]] = []
+        if state == "SKIPPED":  # Kubeflow's cache had it
+            wanted = [{"event": "cached", "time": begin}, {"event": "done", "time": end}]
+        elif state in ("RUNNING", "CANCELING"):
+            wanted = [{"event": "start", "time": begin}]
+        elif state == "SUCCEEDED":
+            wanted = [{"event": "start", "time": begin}, {"event": "done", "time": end}]
+        elif state in ("FAILED", "CANCELED"):
+            words = (task.error and task.error.message) or ("stopped" if state == "CANCELED" else "failed; see its log")
+            wanted = [{"event": "start", "time": begin}, {"event": "error", "time": end, "message": words}]
+        for event in wanted:
+            if event["event"] not in told:
+                told.add(event["event"])
+                yield event
+
+
+def stages(tasks: list[Any], variants: list[str]) -> list[tuple[str, Any]]:
+    """A run's tasks that are stages of the pipeline, with the stages' names.
+
+    The tasks of the loop over variants have one name. Which variant each trains is read from the number of its
+    iteration, or else from the order in which they were made.
+    """
+    by_id = {task.task_id: task for task in tasks}
+    found = [(_STAGES[task.display_name], task) for task in tasks if task.display_name in _STAGES]
+    loop = [task for task in tasks if task.display_name == _SEVERAL]
+    loop.sort(key=lambda task: _seconds(task.create_time))
+    told = [_iteration(task, by_id) for task in loop]
+    numbers = [number for number in told if number is not None]
+    if len(set(numbers)) < len(loop):
+        numbers = list(range(len(loop)))
+    found += [(f"rl-{variants[n]}", task) for n, task in zip(numbers, loop, strict=True) if n < len(variants)]
+    return found
+
+
+def _iteration(task: Any, by_id: dict[str, Any]) -> int | None:
+    """Number of the loop's iteration that a task is part of, from the names of what it stands below."""
+    while task is not None:
+        # Argo's `iteration-iterations(1:...)`, or `for-loop-1-iteration-1`
+        match = re.search(r"iteration\w*(?:-iterations?)?(?:\((\d+)|-(\d+))", task.display_name or "")
+        if match:
+            return int(match[1] or match[2])
+        task = by_id.get(task.parent_task_id)
+    return None
+
+
+def _seconds(moment: Any) -> float:
+    """Kubeflow writes the year 1970 for what has not happened."""
+    return max(moment.timestamp(), 0.0) if moment is not None else 0.0
+
+
+def _watch(console: Console, server: Server, recipe: Recipe, run_id: str) -> int:
+    """Draw a run until it ends; the status is 0 where it succeeded."""
+    follower = RunFollower(recipe, server, run_id)
+    try:
+        with Display(console, follower) as display:
+            while True:
+                display.refresh()
+                if follower.state in _ENDED:
+                    break
+                time.sleep(_SECONDS)
+            if follower.state == "SUCCEEDED":
+                follower.finish()
+    except KeyboardInterrupt:
+        console.print(f"Stopped watching; the run goes on: {server.run_link(run_id)}", soft_wrap=True, markup=False)
+        return 130
+    except DQOError as error:
+        raise DQOError(f"{error}\nThe run goes on: {server.run_link(run_id)}") from None
+    console.print(f"Run {follower.state.lower()}", soft_wrap=True)
+    if follower.state != "SUCCEEDED" and follower.error:
+        console.print(f"  {follower.error}", soft_wrap=True, markup=False)
+    return _ENDED[follower.state]
+
+
+def same_parameters(one: Any, other: Any) -> bool:
+    """Whether two runtime configurations mean the same; the server may order and type them anew."""
+    first, second = ((config and config.parameters) or {} for config in (one, other))
+    return json.dumps(first, sort_keys=True) == json.dumps(second, sort_keys=True)

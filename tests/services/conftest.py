@@ -1,0 +1,90 @@
+"""MLflow in the two forms that teams have: a sqlite file, and a server with passwords on PostgreSQL and S3."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from services.servers import PASSWORD, STACK, USER, Server
+
+from dqo import tracking
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.services)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """MLflow with passwords on PostgreSQL and SeaweedFS; skips, saying why, where a part is missing."""
+    process = subprocess.Popen(
+        [sys.executable, str(STACK)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # it outlives a kill of the tests' process group long enough to clean up
+    )
+    assert process.stdin and process.stdout and process.stderr
+    try:
+        line = process.stdout.readline()
+        if not line:
+            pytest.fail(f"{STACK.name}: {process.stderr.read()[-4000:]}")
+        answer = json.loads(line)
+        if "missing" in answer:
+            pytest.skip(f"MLflow on PostgreSQL and S3: {answer['missing']} is missing")
+        yield Server(**answer)
+    finally:
+        process.stdin.close()
+        process.wait(timeout=60)
+
+
+@pytest.fixture(scope="session", params=["sqlite", "server"])
+def mlflow_store(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[str, str]]:
+    """Address and credentials of each kind of MLflow."""
+    if request.param == "sqlite":
+        return tracking.default_uri(tmp_path_factory.mktemp("mlflow")), {}
+    server: Server = request.getfixturevalue("server")
+    return server.uri, server.credentials
+
+
+@pytest.fixture(autouse=True)
+def nobodys_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No user, run or S3 key of the machine that the tests run on."""
+    for name in (
+        USER,
+        PASSWORD,
+        "MLFLOW_TRACKING_TOKEN",
+        "MLFLOW_RUN_ID",
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+    ):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def mlflow_uri(
+    mlflow_store: tuple[str, dict[str, str]], nobodys_credentials: None, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """Address of an MLflow, once a sqlite file and once a server whose credentials stand in the environment.
+
+    All tests of a session share the two stores: names of experiments and registered models have to be a test's own.
+    """
+    uri, credentials = mlflow_store
+    for name, value in credentials.items():
+        monkeypatch.setenv(name, value)
+    return uri
+
+
+@pytest.fixture
+def administrator(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+    """The server, with the administrator's credentials in the environment."""
+    for name, value in server.credentials.items():
+        monkeypatch.setenv(name, value)
+    return server
