@@ -34,7 +34,7 @@ _STOP_SECONDS = 15.0
 # MLflow answers. The last line of its output is JSON.
 _PROBE = """
 import json, os, pathlib, sys
-answer = {"missing": "", "library": "", "version": "", "write": "", "mlflow": ""}
+answer = {"missing": "", "library": "", "version": "", "write": "", "read": "", "mlflow": ""}
 try:
     import dqo
     from dqo.errors import DQOError
@@ -49,6 +49,14 @@ else:
             (pathlib.Path(folder) / sys.argv[1]).write_text(folder)
         except OSError as error:
             answer["write"] = f"{folder}: {error.strerror}"
+    for name in json.loads(sys.argv[4]):
+        path = pathlib.Path(name)
+        try:
+            for file in path.iterdir() if path.is_dir() else [path]:
+                if not os.access(file, os.R_OK):
+                    answer["read"] = str(file)
+        except OSError as error:
+            answer["read"] = str(error.filename)
     try:
         check_reachable(sys.argv[3])
     except DQOError as error:
@@ -208,6 +216,7 @@ def check(containers: Containers, uri: str) -> str:
     engine = client()
     name = f".container-{containers.run}"
     command = ["python", "-c", _PROBE, name, json.dumps(containers.writable), uri]
+    command.append(json.dumps(list(containers.readable.values())))
     for path in containers.writable:
         _give(Path(path), containers.user)
     try:
@@ -235,6 +244,11 @@ def check(containers: Containers, uri: str) -> str:
         )
     if answer["write"]:
         raise DQOError(f"--out: user {containers.user} cannot write there from a container ({answer['write']})")
+    if answer["read"]:
+        raise DQOError(
+            f"{answer['read']}: user {containers.user} of the containers may not read it; let everyone read models and "
+            "data, for example with chmod -R a+rX"
+        )
     if len(seen) < len(containers.writable):
         raise DQOError(
             f"--out {containers.writable[0]}: what a container writes there does not arrive here; expected a Docker "

@@ -1,5 +1,6 @@
 """`dqo run --runner docker`: the whole pipeline in containers, killed, interrupted, unable to start."""
 
+import os
 import signal
 import subprocess
 import time
@@ -21,6 +22,8 @@ def models(tiny_policy, tiny_encoder, tmp_path):
             if each.name.startswith("pytest-"):
                 each.chmod(0o755)
         path.parent.chmod(0o755)
+        for file in path.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)
     for each in [tmp_path, tmp_path.parent]:
         each.chmod(0o755)
     return tiny_policy, tiny_encoder
@@ -126,6 +129,15 @@ def test_an_image_that_is_missing_or_lacks_the_library(engine, base, models, tmp
         done = run(recipe, tmp_path / "runs", "--runner", "docker")
         assert done.returncode == 2 and words in done.stderr and image in done.stderr, done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="anyone else's containers run as himself")
+def test_a_model_that_containers_may_not_read(engine, images, models, tmp_path):
+    weights = models[0] / "model.safetensors"
+    weights.chmod(0o600)
+    recipe = write_recipe(tmp_path / "tiny.yaml", *models, resources={"image": images["trainer"]})
+    done = run(recipe, tmp_path / "runs", "--runner", "docker")
+    assert done.returncode == 2 and f"{weights}: user 10001:10001 of the containers may not read it" in done.stderr
 
 
 def test_a_server_that_containers_cannot_reach(engine, images, models, server, tmp_path):
