@@ -15,7 +15,10 @@ cd "$(dirname "$0")/.."
 names=("$@")
 [[ ${#names[@]} -gt 0 ]] || names=(trainer evaluator mlflow)
 for name in "${names[@]}"; do
-  [[ -f "images/${name}/Containerfile" ]] || { echo "build.sh: no image '${name}'; expected trainer, evaluator or mlflow" >&2; exit 2; }
+  case "${name}" in
+    trainer | evaluator | mlflow) ;;
+    *) echo "build.sh: no image '${name}'; expected trainer, evaluator or mlflow" >&2; exit 2 ;;
+  esac
 done
 
 engine="${ENGINE:-}"
@@ -41,8 +44,13 @@ for name in "${names[@]}"; do
   options=(--build-arg "VERSION=${version}" --build-arg "REVISION=${revision}")
   [[ -z "${BASE:-}" ]] || options+=(--build-arg "BASE=${BASE}")
   [[ "${name}" != trainer || -z "${EXTRAS:-}" ]] || options+=(--build-arg "EXTRAS=${EXTRAS}")
+  file="${name}"
+  if [[ "${name}" == evaluator ]]; then
+    file=trainer
+    options+=(--build-arg "TITLE=DQO evaluator")
+  fi
   echo "Building ${image}"
-  "${engine}" build "${options[@]}" -f "images/${name}/Containerfile" -t "${image}" .
+  "${engine}" build "${options[@]}" -f "images/${file}/Containerfile" -t "${image}" .
 done
 
 echo

@@ -10,6 +10,7 @@ import pytest
 from services.servers import PASSWORD, STACK, USER, Server
 
 from dqo import tracking
+from dqo.recipe import Recipe, parse
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -88,3 +89,15 @@ def administrator(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
     for name, value in server.credentials.items():
         monkeypatch.setenv(name, value)
     return server
+
+
+@pytest.fixture
+def recipe(request: pytest.FixtureRequest) -> Recipe:
+    """A recipe whose experiment is named after the test, so that tests share a store."""
+    return parse(f"name: a\ntracking: {{experiment: {request.node.originalname}}}")
+
+
+@pytest.fixture
+def parent(mlflow_uri: str, recipe: Recipe, tmp_path: Path) -> str:
+    """A pipeline's run in each kind of store."""
+    return tracking.open_parent(recipe, tracking.connect(recipe, mlflow_uri), tmp_path / "workspace")

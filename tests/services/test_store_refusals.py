@@ -15,19 +15,9 @@ from services.servers import PASSWORD, USER, Line, Server
 
 from dqo import registry, tracking
 from dqo.errors import DQOError
-from dqo.recipe import Recipe, parse
+from dqo.recipe import Recipe
 
 SECRET = "correct horse battery staple"
-
-
-@pytest.fixture
-def recipe(request: pytest.FixtureRequest) -> Recipe:
-    return parse(f"name: a\ntracking: {{experiment: {request.node.originalname}}}")
-
-
-@pytest.fixture
-def parent(mlflow_uri: str, recipe: Recipe, tmp_path: Path) -> str:
-    return tracking.open_parent(recipe, tracking.connect(recipe, mlflow_uri), tmp_path / "workspace")
 
 
 def act_as(monkeypatch: pytest.MonkeyPatch, user: str, password: str) -> None:

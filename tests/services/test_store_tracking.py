@@ -14,16 +14,6 @@ from dqo.recipe import Recipe, parse
 MEGABYTE = 1 << 20
 
 
-@pytest.fixture
-def recipe(request: pytest.FixtureRequest) -> Recipe:
-    return parse(f"name: a\ntracking: {{experiment: {request.node.originalname}}}")
-
-
-@pytest.fixture
-def parent(mlflow_uri: str, recipe: Recipe, tmp_path: Path) -> str:
-    return tracking.open_parent(recipe, tracking.connect(recipe, mlflow_uri), tmp_path / "workspace")
-
-
 def run_of(run_id: str) -> mlflow.entities.Run:
     return mlflow.MlflowClient().get_run(run_id)
 

@@ -23,8 +23,8 @@ def test_hadolint_finds_nothing(path):
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_there_are_three_images_and_none_names_a_registry():
-    assert [path.parent.name for path in FILES] == ["evaluator", "mlflow", "trainer"]
+def test_no_image_names_a_registry():
+    assert [path.parent.name for path in FILES] == ["mlflow", "trainer"]
     for path in [*FILES, ROOT / "images/install.sh", ROOT / "images/mlflow/requirements.txt"]:
         assert not re.search(r"https?://|index-url [a-z/]|[a-z]\.(io|com|org)/", path.read_text()), path
 
@@ -49,6 +49,14 @@ def test_an_engine_is_chosen_and_a_wrong_one_refused(tmp_path):
     assert done.returncode == 0, done.stderr
     asked = (tmp_path / "log").read_text()
     assert "--build-arg BASE=mine:1 -f images/mlflow/Containerfile -t dqo-mlflow:0.1.0 ." in asked
+    environment |= {"ENGINE": "buildah", "EXTRAS": "gpu"}
+    done = subprocess.run([script, "trainer", "evaluator"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    builds = [line for line in (tmp_path / "log").read_text().splitlines() if "Containerfile" in line]
+    trainer, evaluator = builds[1:]
+    assert "--build-arg EXTRAS=gpu -f images/trainer/Containerfile -t dqo-trainer:0.1.0 ." in trainer
+    assert "TITLE=DQO evaluator -f images/trainer/Containerfile -t dqo-evaluator:0.1.0 ." in evaluator
+    assert "EXTRAS" not in evaluator
     for name, engine, words in (("mlflow", "rkt", "expected docker, podman"), ("x", "buildah", "no image 'x'")):
         done = subprocess.run([script, name], env={**environment, "ENGINE": engine}, capture_output=True, text=True)
         assert done.returncode == 2 and words in done.stderr
