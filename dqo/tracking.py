@@ -51,15 +51,20 @@ def run_link(uri: str, experiment: str, run_id: str | None) -> str:
     return f"{public(uri).rstrip('/')}/#/experiments/{experiment}" + (f"/runs/{run_id}" if run_id else "")
 
 
-def check_reachable(uri: str) -> None:
+def check_reachable(uri: str, setting: str = "tracking.uri", done: str = "trained") -> None:
     """Fail now if MLflow does not answer, or does not know the user.
+
+    Args:
+        uri: Where it should be.
+        setting: What the user corrects.
+        done: What has not been done; ends the message.
 
     Raises:
         DQOError: Naming the URI, what happened and what to do.
     """
     if not uri:
         raise DQOError(
-            "tracking.uri: not set; expected MLflow's address there, or in MLFLOW_TRACKING_URI where the stages run"
+            f"{setting}: not set; expected MLflow's address there, or in MLFLOW_TRACKING_URI where the stages run"
         )
     parsed = urlparse(uri)
     if parsed.scheme in ("http", "https"):
@@ -67,16 +72,16 @@ def check_reachable(uri: str) -> None:
             port = parsed.port or (443 if parsed.scheme == "https" else 80)
             socket.create_connection((parsed.hostname or "", port), timeout=5).close()
         except (OSError, ValueError) as error:
-            raise DQOError(_unreachable(uri, str(error))) from None
+            raise DQOError(_unreachable(uri, str(error), setting, done)) from None
     elif parsed.scheme == "sqlite":
         folder = Path(uri.removeprefix("sqlite:///")).parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DQOError(_unreachable(uri, f"{folder}: {error.strerror}")) from None
+            raise DQOError(_unreachable(uri, f"{folder}: {error.strerror}", setting, done)) from None
     elif parsed.scheme.partition("+")[0] not in ("postgresql", "mysql", "mssql", "databricks"):
         raise DQOError(
-            f"tracking.uri {public(uri)!r}: unknown kind of address; expected http(s)://host:port, sqlite:///file.db "
+            f"{setting} {public(uri)!r}: unknown kind of address; expected http(s)://host:port, sqlite:///file.db "
             "or a database URI that MLflow takes"
         )
     import mlflow
@@ -86,14 +91,14 @@ def check_reachable(uri: str) -> None:
         mlflow.MlflowClient(uri).search_experiments(max_results=1)
     except Exception as error:  # MLflow lets database and HTTP errors of many kinds through
         if (words := refused(error, uri)) is not None:
-            raise DQOError(f"tracking.uri {public(uri)!r}: MLflow answers, but {words}. Nothing was trained.") from None
-        raise DQOError(_unreachable(uri, reason(error, uri))) from None
+            raise DQOError(f"{setting} {public(uri)!r}: MLflow answers, but {words}. Nothing was {done}.") from None
+        raise DQOError(_unreachable(uri, reason(error, uri), setting, done)) from None
 
 
-def _unreachable(uri: str, why: str) -> str:
+def _unreachable(uri: str, why: str, setting: str, done: str) -> str:
     return (
-        f"tracking.uri {public(uri)!r}: MLflow does not answer ({why}); start it, correct tracking.uri or "
-        "MLFLOW_TRACKING_URI, or leave both out for a local sqlite store. Nothing was trained."
+        f"{setting} {public(uri)!r}: MLflow does not answer ({why}); start it, correct {setting} or "
+        f"MLFLOW_TRACKING_URI, or leave both out for a local sqlite store. Nothing was {done}."
     )
 
 

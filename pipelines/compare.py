@@ -117,7 +117,7 @@ def _log(store: str, experiment: str, result: Compared, page: str, document: str
         ]
         run.tags({"mlflow.note.content": "\n\n".join(words)})
         run.finish()
-    except (mlflow.exceptions.MlflowException, OSError) as error:
+    except (DQOError, mlflow.exceptions.MlflowException, OSError) as error:  # the first is what `tracking.Run` raises
         if run_id is not None:
             with suppress(mlflow.exceptions.MlflowException):
                 client.set_terminated(run_id, "FAILED")

@@ -54,7 +54,7 @@ def load(given: Sequence[str], uri: str | None) -> tuple[list[Evaluated], str | 
     if uri is not None:
         import mlflow
 
-        tracking.check_reachable(uri)
+        tracking.check_reachable(uri, "--uri", "compared")
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)
         client = mlflow.MlflowClient()

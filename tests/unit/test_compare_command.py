@@ -255,12 +255,20 @@ def test_folders_alone_are_compared_without_a_store(
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
-def test_an_artifact_store_that_cannot_be_written_is_named(store: Store, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("call", ["log_figure", "log_text"])
+def test_an_artifact_store_that_cannot_be_written_is_named(store: Store, monkeypatch: pytest.MonkeyPatch, call: str):
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", "/artifacts")
 
-    monkeypatch.setattr(mlflow.MlflowClient, "log_text", refuse)
+    monkeypatch.setattr(mlflow.MlflowClient, call, refuse)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(DQOError, match=r"does not take the comparison .*Permission denied"):
         compare.run([store.runs["first"], store.runs["second"]], store.out, None, None, None)
     assert store.comparisons()[0].info.status == "FAILED"
+
+
+def test_a_server_that_is_away_is_said_in_the_terms_of_this_command(tmp_path: Path):
+    with pytest.raises(DQOError) as error:
+        compare.run(["a", "b"], tmp_path, "http://127.0.0.1:1", None, None)
+    assert str(error.value).startswith("--uri 'http://127.0.0.1:1': MLflow does not answer")
+    assert "correct --uri" in str(error.value) and str(error.value).endswith("Nothing was compared.")
