@@ -255,10 +255,18 @@ def test_folders_alone_are_compared_without_a_store(
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
-@pytest.mark.parametrize("call", ["log_figure", "log_text"])
-def test_an_artifact_store_that_cannot_be_written_is_named(store: Store, monkeypatch: pytest.MonkeyPatch, call: str):
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        ("log_figure", mlflow.exceptions.MlflowException("Permission denied")),  # `tracking.Run` puts it into words
+        ("log_text", PermissionError(13, "Permission denied", "/artifacts")),
+    ],
+)
+def test_an_artifact_store_that_cannot_be_written_is_named(
+    store: Store, monkeypatch: pytest.MonkeyPatch, call: str, error: Exception
+):
     def refuse(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied", "/artifacts")
+        raise error
 
     monkeypatch.setattr(mlflow.MlflowClient, call, refuse)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
