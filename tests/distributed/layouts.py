@@ -92,18 +92,19 @@ def call_the_cpu_an_accelerator() -> None:
 
 
 if __name__ == "__main__":
-    policy, encoder, output = map(Path, sys.argv[1:4])
+    models, policy, encoder, output = sys.argv[1], *map(Path, sys.argv[2:5])
     gc.freeze()  # each run collects garbage at its start; what is imported is none
     world, rank = int(os.environ["WORLD_SIZE"]), os.environ["RANK"]
-    for name in CASES:
-        for accumulation in ACCUMULATIONS:
-            result = run(policy, encoder, output / "work", name, world, accumulation)
-            torch.save(result, output / f"{name}-{accumulation}-{rank}.pt")
-    os.environ.update(environment("fsdp"))
-    torch.distributed.destroy_process_group()
-    call_the_cpu_an_accelerator()
-    for name in SPLIT:
-        result = run(policy, encoder, output / "work", name, world, 1)
-        assert all(isinstance(value, DTensor) for value in result["weights"].values())
-        result |= {"before": None, "weights": {key: value.full_tensor() for key, value in result["weights"].items()}}
-        torch.save(result, output / f"{name}-fsdp-{rank}.pt")
+    if models == "whole":
+        for name in CASES:
+            for accumulation in ACCUMULATIONS:
+                result = run(policy, encoder, output / "work", name, world, accumulation)
+                torch.save(result, output / f"{name}-{accumulation}-{rank}.pt")
+    else:
+        os.environ.update(environment("fsdp"))
+        call_the_cpu_an_accelerator()
+        for name in SPLIT:
+            result = run(policy, encoder, output / "work", name, world, 1)
+            assert all(isinstance(value, DTensor) for value in result["weights"].values())
+            full = {key: value.full_tensor() for key, value in result["weights"].items()}
+            torch.save(result | {"before": None, "weights": full}, output / f"{name}-fsdp-{rank}.pt")
