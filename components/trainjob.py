@@ -208,6 +208,15 @@ def _affinity(terms: list[NodeTerm]) -> dict[str, Any]:
     return found
 
 
+def try_out(recipe: Recipe, workspace: Path) -> str:
+    """`TrainJobLauncher.try_out` with the account of this task's pod, in some seconds.
+
+    Raises:
+        DQOError: As the launcher does, or if this is no pod that may talk to its cluster.
+    """
+    return TrainJobLauncher._of_account(pause=1.0, patience=5.0).try_out(recipe, workspace)
+
+
 class TrainJobLauncher:
     """Runs a stage's processes as a TrainJob: `launcher(job)` returns when all have ended well.
 
@@ -246,6 +255,12 @@ class TrainJobLauncher:
         Raises:
             DQOError: If this is no pod of a cluster, or the pod has no token.
         """
+        launcher = cls._of_account()
+        launcher._owner = launcher._own_pod(os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", ""))
+        return launcher
+
+    @classmethod
+    def _of_account(cls, **settings: float) -> "TrainJobLauncher":
         try:
             config.load_incluster_config()
         except config.ConfigException as error:
@@ -254,11 +269,64 @@ class TrainJobLauncher:
                 f"({error}); expected a run on Kubeflow Pipelines whose service account's token is mounted, or "
                 "distributed.nodes 1"
             ) from None
-        settings = client.Configuration.get_default_copy()
-        settings.retries = False  # see `_ask`
-        launcher = cls(client.ApiClient(settings), _ACCOUNT.read_text(encoding="utf-8").strip(), None)
-        launcher._owner = launcher._own_pod(os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", ""))
-        return launcher
+        configuration = client.Configuration.get_default_copy()
+        configuration.retries = False  # see `_ask`
+        return cls(client.ApiClient(configuration), _ACCOUNT.read_text(encoding="utf-8").strip(), None, **settings)
+
+    def try_out(self, recipe: Recipe, workspace: Path) -> str:
+        """Have Kubernetes check a recipe's training job, down to Trainer's own webhook, without starting it.
+
+        Returns:
+            What was found, in words.
+
+        Raises:
+            DQOError: If the account lacks a right, Kubeflow Trainer or the TrainingRuntime is missing, or the job is
+                refused otherwise.
+        """
+        missing = [
+            f"{verb} {resource}" + (f".{group}" if group else "")
+            for verb, group, resource in CALLS
+            if not self._may(verb, group, resource)
+        ]
+        if missing:
+            raise DQOError(
+                f"the task's service account may not {', '.join(missing)} in namespace {self._namespace}; expected the "
+                "rights of the chart's Role <fullname>-runner: run the pipeline as the chart's account (`dqo submit "
+                "--service-account`), or give its own those rights (runner.subjects)"
+            )
+        job = NodesJob(recipe, "preflight", recipe.digest, workspace, "dqo.stages.worker", (), {}, workspace)
+        wanted = manifest(job)
+        name = wanted["metadata"]["name"]
+        try:
+            self._ask(
+                "create",
+                PLURAL,
+                lambda **options: self._jobs.create_namespaced_custom_object(
+                    body=wanted, dry_run="All", **self._where, **options
+                ),
+            )
+        except ApiException as error:
+            self._not_started(name, recipe.distributed.runtime, error)
+        return (
+            f"Kubernetes would take a job of {recipe.distributed.nodes} nodes, {recipe.processes_per_node} processes "
+            f"each, by the runtime {recipe.distributed.runtime}"
+        )
+
+    def _may(self, verb: str, group: str, resource: str) -> bool:
+        """Whether the account has a right; every account may ask this about itself."""
+        resource, _, subresource = resource.partition("/")
+        attributes = {"namespace": self._namespace, "verb": verb, "group": group, "resource": resource}
+        attributes |= {"subresource": subresource} if subresource else {}
+        try:
+            answer = client.AuthorizationV1Api(self._core.api_client).create_self_subject_access_review(
+                {"spec": {"resourceAttributes": attributes}}, _request_timeout=_CONNECT_SECONDS
+            )
+        except ApiException as error:
+            raise DQOError(f"the rights of the task's service account cannot be asked: {_message(error)}") from None
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            host = self._core.api_client.configuration.host
+            raise DQOError(f"Kubernetes' API at {host} does not answer: {error}") from None
+        return bool(answer.status.allowed)
 
     def _own_pod(self, name: str) -> dict[str, str]:
         try:

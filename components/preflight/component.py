@@ -10,6 +10,7 @@ def preflight(recipe: str, workspace: str, mlflow_uri: str, report: dsl.Output[d
     """Check Secrets, volume, MLflow with its artifact store, data, models, judge, and room for the accelerators.
 
     Nodes and quotas are looked at where the task's service account may list them; else that is said, and stops nothing.
+    Where a recipe trains on several nodes, Kubernetes is given its training job to check and not to start.
 
     Args:
         recipe: The recipe as one JSON string.
@@ -51,4 +52,13 @@ def preflight(recipe: str, workspace: str, mlflow_uri: str, report: dsl.Output[d
         except Exception as error:  # no client in the image, no token in the pod
             nodes = quotas = f"Kubernetes cannot be asked ({type(error).__name__})"
     context = Context(settings, Path(workspace), mlflow_uri)
-    preflight.run(context, Path(report.path), nodes, quotas)
+    further = []
+    if settings.distributed.nodes > 1:
+
+        def training_job() -> str:
+            from components.trainjob import try_out
+
+            return try_out(settings, context.workspace)
+
+        further = [("Training job", training_job)]
+    preflight.run(context, Path(report.path), nodes, quotas, further)

@@ -10,7 +10,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +49,7 @@ def run(
     report: Path,
     nodes: list[dict[str, Any]] | str = "not asked",
     quotas: list[dict[str, Any]] | str = "not asked",
+    further: Sequence[tuple[str, Callable[[], str]]] = (),
 ) -> list[Check]:
     """Check everything, print a line each, and stop with all problems at once.
 
@@ -57,6 +58,7 @@ def run(
         report: Markdown file to write.
         nodes: The cluster's nodes as Kubernetes writes them, or why they could not be listed.
         quotas: The namespace's ResourceQuotas, or why they could not be listed.
+        further: Checks that only the cluster's client can make, as `carry_out` takes them.
 
     Returns:
         The checks, none of which failed.
@@ -70,6 +72,7 @@ def run(
         ("Workspace", lambda: _workspace(context.workspace)),
         ("MLflow", lambda: _tracking(context)),
         ("Data", lambda: _data(recipe)),
+        *further,
     ]
     if recipe.judge is not None:
         checks.append(("Judge", lambda: _judge(recipe)))
@@ -82,7 +85,7 @@ def run(
         ("Encoder", lambda: _encoder(recipe)),
         ("Reward", lambda: _reward(recipe)),
     ]
-    found = [*carry_out(checks), capacity(recipe.resources, nodes, quotas)]
+    found = [*carry_out(checks), capacity(recipe.resources, nodes, quotas, recipe.distributed.nodes)]
     marks = {"ok": "ok", "failed": "FAILED", "unknown": "not checked"}
     for check in found:
         sys.stdout.write(f"{check.name}: {marks[check.state]}: {check.message}\n")
@@ -339,8 +342,10 @@ def _reward(recipe: Recipe) -> str:
     return f"reward.model {recipe.reward.model!r}: one label"
 
 
-def capacity(resources: Resources, nodes: list[dict[str, Any]] | str, quotas: list[dict[str, Any]] | str) -> Check:
-    """Say whether a cluster can ever hold one training task: on one of its nodes, and in the namespace's quota.
+def capacity(
+    resources: Resources, nodes: list[dict[str, Any]] | str, quotas: list[dict[str, Any]] | str, pods: int = 1
+) -> Check:
+    """Say whether a cluster can ever hold what trains a stage: on its nodes, and in the namespace's quota.
 
     Nodes count by what they have, not by what is free now: a task may wait.
 
@@ -348,11 +353,14 @@ def capacity(resources: Resources, nodes: list[dict[str, Any]] | str, quotas: li
         resources: The recipe's section.
         nodes: As Kubernetes lists them, or why they are not known.
         quotas: ResourceQuotas of the namespace, or why they are not known.
+        pods: How many train at once (`distributed.nodes`), each with the accelerators of the recipe.
     """
     name = "Accelerators"
     kind, count = resources.accelerator, resources.accelerator_count
     if kind is None:
         return Check(name, "ok", "none asked for")
+    field = "resources.accelerator_count" if pods == 1 else "resources.accelerator_count, distributed.nodes"
+    asked = f"a task asks for {count} {kind}" if pods == 1 else f"{pods} nodes ask for {count} {kind} each"
     unknown = []
     if isinstance(quotas, str):
         unknown.append(f"quotas: {quotas}")
@@ -361,31 +369,37 @@ def capacity(resources: Resources, nodes: list[dict[str, Any]] | str, quotas: li
             hard = quota.get("status", {}).get("hard") or quota.get("spec", {}).get("hard") or {}
             limits = {key.format(kind): hard[key.format(kind)] for key in _QUOTAS if key.format(kind) in hard}
             for key, limit in limits.items():
-                if _whole(limit) < count:
+                if _whole(limit) < count * pods:
                     return Check(
                         name,
                         "failed",
-                        f"resources.accelerator_count: a task asks for {count} {kind}, and the ResourceQuota "
-                        f"{quota['metadata']['name']!r} allows this namespace {limit} ({key})",
+                        f"{field}: {asked}, and the ResourceQuota {quota['metadata']['name']!r} allows this namespace "
+                        f"{limit} ({key})",
                     )
     if isinstance(nodes, str):
         unknown.append(f"nodes: {nodes}")
     else:
         labels = resources.node_selector
         wanted = [n for n in nodes if labels.items() <= (n["metadata"].get("labels") or {}).items()]
-        most = max((_whole(n["status"].get("allocatable", {}).get(kind, "0")) for n in wanted), default=0)
-        if most < count:
+        held = [_whole(n["status"].get("allocatable", {}).get(kind, "0")) for n in wanted]
+        room = sum(math.inf if math.isinf(one) else one // count for one in held)
+        if room < pods:
             which = f" with the labels {labels}" if labels else ""
+            found = (
+                f"no node{which} has more than {max(held, default=0)}"
+                if pods == 1
+                else f"the nodes{which} have room for {room:g}: {', '.join(f'{one:g}' for one in held) or 'none'}"
+            )
             return Check(
                 name,
                 "failed",
-                f"resources.accelerator_count: a task asks for {count} {kind}, and no node{which} has more than {most} "
-                f"({len(wanted)} of {len(nodes)} nodes looked at); a cluster that adds nodes by itself may still have "
-                "them: then forbid this task to list nodes",
+                f"{field}: {asked}, and {found} ({len(wanted)} of {len(nodes)} nodes looked at); a cluster that adds "
+                "nodes by itself may still have them: then forbid this task to list nodes",
             )
     if unknown:
         return Check(name, "unknown", "; ".join(unknown))
-    return Check(name, "ok", f"{count} {kind} fit on a node and into the quota")
+    where = f"{count} {kind} fit on a node" if pods == 1 else f"{pods} times {count} {kind} fit on the nodes"
+    return Check(name, "ok", f"{where} and into the quota")
 
 
 def _whole(quantity: str) -> float:

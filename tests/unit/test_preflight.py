@@ -23,7 +23,10 @@ from dqo.stages.context import Context
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> str:
-    return tracking.default_uri(tmp_path_factory.mktemp("store"))
+    """A store with its tables: to make them can take longer than a check has on a busy machine."""
+    uri = tracking.default_uri(tmp_path_factory.mktemp("store"))
+    mlflow.MlflowClient(uri).search_experiments()
+    return uri
 
 
 def recipe_of(policy: Path, encoder: Path, **sections: Any) -> Recipe:
@@ -230,6 +233,41 @@ def test_only_nodes_with_the_labels_count():
     chosen = Resources.model_validate({"profile": "gpu-large", "node_selector": {"pool": "big"}})
     assert preflight.capacity(chosen, [node(8), node(2, pool="big")], []).state == "failed"
     assert preflight.capacity(chosen, [node(2), node(8, pool="big", zone="a")], []).state == "ok"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "quotas", "state", "said"),
+    [
+        ([node(8), node(4)], [], "ok", "3 times 4 nvidia.com/gpu fit"),  # two on the first, one on the second
+        (
+            [node(7), node(4)],
+            [],
+            "failed",
+            "3 nodes ask for 4 nvidia.com/gpu each, and the nodes have room for 2: 7",
+        ),
+        ([node(None)], [], "failed", "have room for 0: 0"),
+        ([node(12)], [quota(**{"requests.nvidia.com/gpu": "12"})], "ok", "fit"),
+        ([node(12)], [quota(**{"requests.nvidia.com/gpu": "11"})], "failed", "allows this namespace 11"),
+    ],
+)
+def test_room_for_several_nodes(nodes: Any, quotas: Any, state: str, said: str):
+    check = preflight.capacity(FOUR, nodes, quotas, 3)
+    assert (check.state, said in check.message) == (state, True), check
+
+
+def test_a_recipe_for_several_nodes_has_its_training_job_checked(
+    tiny_policy, tiny_encoder, tmp_path, store, monkeypatch
+):
+    """The component's real function outside of any cluster, where no job can be checked."""
+    from components.preflight.component import preflight as component
+
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    wide = {"distributed": {"nodes": 2, "processes": 1}, "resources": {"workspace_claim": "checkpoints"}}
+    recipe = recipe_of(tiny_policy, tiny_encoder, **wide)
+    with pytest.raises(DQOError, match=r"Training job: distributed\.nodes: several nodes train on a cluster only"):
+        component.python_func(
+            recipe.to_json(), str(tmp_path / "workspace"), store, SimpleNamespace(path=str(tmp_path / "report.md"))
+        )
 
 
 def test_nothing_is_looked_up_for_processors():

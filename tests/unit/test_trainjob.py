@@ -228,6 +228,7 @@ class Cluster:
         asked: Verb, API group and resource of each request.
         story: What happens to the job, one entry each time that it is looked at.
         refusals: Status and message of the next answers to a verb on a resource.
+        denied: Verb, API group and resource of the rights that the account does not have.
     """
 
     def __init__(self) -> None:
@@ -236,9 +237,11 @@ class Cluster:
         self.logs: dict[str, list[str]] = {}
         self.asked: list[tuple[str, str, str]] = []
         self.created: list[dict[str, Any]] = []
+        self.tried: list[dict[str, Any]] = []
         self.story: list[Callable[[dict[str, Any]], None]] = []
         self.refusals: dict[tuple[str, str], list[tuple[int, str]]] = {}
         self.selectors: set[str] = set()
+        self.denied: set[tuple[str, str, str]] = set()
         cluster = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -266,6 +269,12 @@ class Cluster:
             resource, group, name = "trainjobs", "trainer.kubeflow.org", match[1]
         elif match := PODS.fullmatch(url.path):
             resource, group, name = "pods/log" if match[2] else "pods", "", match[1]
+        elif url.path == "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews":
+            asked = body["spec"]["resourceAttributes"]
+            assert method == "POST" and asked["namespace"] == "ml"
+            of = f"{asked['resource']}/{asked['subresource']}" if "subresource" in asked else asked["resource"]
+            allowed = (asked["verb"], asked["group"], of) not in self.denied
+            return self.send(request, 201, body | {"status": {"allowed": allowed}})
         else:
             return self.send(request, 404, status(404, f"no such path {url.path}"))
         verb = {"POST": "create", "DELETE": "delete"}.get(method, "get" if name else "list")
@@ -287,6 +296,9 @@ class Cluster:
                 return self.send(request, 422, status(422, "unknown fields"))
             if name in self.jobs:
                 return self.send(request, 409, status(409, f'trainjobs "{name}" already exists'))
+            if query.get("dryRun") == ["All"]:
+                self.tried.append(body)
+                return self.send(request, 201, body)
             self.created.append(body)
             self.jobs[name] = body | {"metadata": body["metadata"] | {"uid": f"uid-{len(self.created)}"}}
             return self.send(request, 201, self.jobs[name])
@@ -520,11 +532,39 @@ def test_training_goes_on_where_logs_may_not_be_read(cluster, capsys):
         (422, "spec.trainer.numNodes: Invalid value", r"was refused \(422\): spec.trainer.numNodes: Invalid value"),
     ],
 )  # fmt: skip
-def test_a_job_that_is_refused(cluster, code, message, words):
+@pytest.mark.parametrize("tried", [False, True], ids=["started", "tried"])
+def test_a_job_that_is_refused(cluster, code, message, words, tried):
     cluster.refusals["create", "trainjobs"] = [(code, message)]
     with pytest.raises(DQOError, match=words):
-        launcher(cluster.url)(nodes_job())
-    assert cluster.jobs == {}
+        if tried:
+            launcher(cluster.url).try_out(recipe(), Path("/workspace"))
+        else:
+            launcher(cluster.url)(nodes_job())
+
+
+def test_a_job_is_tried_without_being_started(cluster):
+    said = launcher(cluster.url).try_out(recipe(), Path("/workspace"))
+    assert "2 nodes, 2 processes each, by the runtime dqo-torch" in said
+    (tried,) = cluster.tried
+    assert cluster.created == [] and cluster.jobs == {} and "ownerReferences" not in tried["metadata"]
+    started = manifest(nodes_job())
+    assert tried["metadata"]["name"] != started["metadata"]["name"]
+    assert tried["spec"]["runtimePatches"] == started["spec"]["runtimePatches"]
+    assert tried["spec"]["runtimeRef"] == started["spec"]["runtimeRef"]
+
+
+def test_every_right_that_is_missing_is_named_before_a_job_is_tried(cluster):
+    cluster.denied = {("create", "trainer.kubeflow.org", "trainjobs"), ("get", "", "pods/log")}
+    with pytest.raises(
+        DQOError, match=r"may not create trainjobs\.trainer\.kubeflow\.org, get pods/log in namespace ml;"
+    ):
+        launcher(cluster.url).try_out(recipe(), Path("/workspace"))
+    assert cluster.tried == []
+
+
+def test_trying_where_nothing_answers_ends_soon():
+    with pytest.raises(DQOError, match=r"Kubernetes' API at http://127\.0\.0\.1:9 does not answer"):
+        launcher("http://127.0.0.1:9", patience=0.1).try_out(recipe(), Path("/workspace"))
 
 
 def test_a_server_that_is_away_for_a_moment_is_asked_again(cluster):
