@@ -19,6 +19,7 @@ from test_pipeline import write_recipe
 
 from dqo import tracking
 from dqo.errors import DQOError
+from dqo.policy import CheckpointCard
 from dqo.recipe import load
 from dqo.stages import prepare, rl, sft
 from dqo.stages.context import Context
@@ -127,3 +128,22 @@ def test_rl_reports_each_step_once_and_its_processes_draw_different_responses(tw
     first = [row["response"] for row in rows if row["step"] == 1]
     assert len(first) == 12  # three groups of four, from both processes
     assert len(set(first)) > 6  # equal seeds would draw everything twice
+
+
+def test_a_rule_stops_both_processes_at_the_same_step(two, tiny_policy, tiny_encoder, tmp_path):
+    """The first process alone knows of the rule; the random policy hardly ever ends a response."""
+    folder, earlier, _, _ = two
+    rules = {"truncation": {"max": 0.1, "patience": 2, "action": "stop"}}
+    recipe = write_recipe(
+        tmp_path / "r.yaml", tiny_policy, tiny_encoder, distributed={"processes": 2},
+        sft={"steps": STEPS, "prompts_per_step": 3, "micro_batch": 3, "save_every": 1},
+        rl={"steps": 6, "prompts_per_step": 3, "micro_batch": 2, "save_every": 6, "health": rules},
+    )  # fmt: skip
+    context = Context.after_prepare(load(recipe), earlier.workspace, earlier.mlflow_uri, folder / "data")
+    rl.run(context, "reward_only", folder / "data", folder / "sft", tmp_path / "rl")
+    rows = history(tmp_path / "rl")
+    assert [row["step"] for row in rows] == [1, 2] and min(row["truncation_rate"] for row in rows) > 0.1
+    stopped = CheckpointCard.read(tmp_path / "rl").stopped
+    assert stopped is not None and stopped["step"] == 2 and stopped["reason"].startswith("truncation: ")
+    run = run_of(context, "rl-reward_only")
+    assert run.info.status == "FINISHED" and run.data.tags["dqo.stopped"] == stopped["reason"]
