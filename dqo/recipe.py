@@ -602,7 +602,10 @@ class Judge(_Section):
     timeout: Annotated[float, Field(gt=0.0)] = 120.0
     """Seconds until a request without an answer counts as failed."""
     cache: str | None = None
-    """Folder of answers; `null` takes `$XDG_CACHE_HOME/dqo/judge`, by default below `~/.cache`."""
+    """Folder of answers; `null` takes `judge` in the workspace for an evaluation, and for `dqo judge audit`
+    `$XDG_CACHE_HOME/dqo/judge`, by default below `~/.cache`."""
+    responses: Positive = 2
+    """Responses of each group that an evaluation has judged, the first ones; each costs two requests a model."""
     audit: JudgeAudit = JudgeAudit()
     """What the judge has to show before its verdicts count."""
 
@@ -641,15 +644,44 @@ class Judge(_Section):
         return name
 
 
+class GateJudge(_Section):
+    """What the judge has to say; it counts only where it has passed its audit and has judged everything."""
+
+    min_win_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    """Win rate against the other model that has to be reached, ties as halves: 0.5 where neither is preferred."""
+    decided_by: Literal["low", "mean"] = "low"
+    """`low`: the lower bound of the win rate's interval has to reach it; `mean`: the win rate itself."""
+    length_controlled: bool = True
+    """Decide by the win rate at equal lengths; `false` takes the raw one."""
+    max_invalid_rate: Share = 0.1
+    """Largest share of the pairs on which the judge may say nothing readable."""
+
+
 class Gate(_Section):
-    """When the new model may become `champion`."""
+    """When the new model may become `champion` (docs/metrics.md); `null` leaves a rule out."""
 
     against: Literal["base", "sft", "reward_only"] = "reward_only"
     """The model it is compared with."""
     max_quality_loss: Annotated[float, Field(ge=0.0)] = 0.05
     """The mean quality may be lower by at most this much."""
+    quality_test: Literal["mean", "non_inferior"] = "mean"
+    """`mean`: the difference of the means decides. `non_inferior`: the whole interval of the paired difference has to
+    lie above the allowed loss."""
     more_diverse_on: Annotated[list[DiversityMetric], Field(min_length=1)] = ["log_volume", "self_bleu_diversity"]
-    """Metrics whose intervals must lie above the other model's, without overlap."""
+    """Metrics on which it has to be more diverse."""
+    diversity_test: Literal["apart", "paired", "holm"] = "apart"
+    """`apart`: the two intervals have no point in common. `paired`: the paired difference is significantly above 0, at
+    the level of `evaluation.confidence`. `holm`: the same with the p-values adjusted for the number of metrics."""
+    diversity_needed: Literal["all", "any"] = "all"
+    """Whether that has to hold on all of these metrics, or on any; the latter needs `diversity_test` `holm`."""
+    max_length_change: Annotated[float, Field(gt=0.0)] | None = None
+    """Largest relative change of the mean tokens, up or down, e.g. 0.2; the paired interval has to lie within."""
+    max_truncation_increase: Share | None = None
+    """Largest increase of the share of truncated responses; the paired interval has to lie below."""
+    max_duplicate_increase: Share | None = None
+    """Largest increase of the share of repeated responses; the paired interval has to lie below."""
+    judge: GateJudge | None = None
+    """What the judge has to say; `null` leaves it without a say."""
 
 
 class Registry(_Section):
@@ -851,8 +883,8 @@ class Resources(_Section):
     """Hours after which Kubernetes ends an attempt of a step, e.g. `{rl: 24}`; a step that is not named may go on."""
     caching: dict[Step, bool] = {}
     """Whether Kubeflow may take a step's earlier output when its inputs are equal, e.g. `{evaluate: false}`; a step
-    that is not named may, but for `prepare`, whose data may have changed unseen. Stages that the workspace holds are
-    taken up all the same."""
+    that is not named may, but for `prepare`, whose data may have changed unseen, and `evaluate` with a judge, which may
+    have been away. Stages that the workspace holds are taken up all the same."""
 
     @model_validator(mode="before")
     @classmethod
@@ -885,6 +917,14 @@ class Resources(_Section):
 def _bytes(quantity: str) -> float:
     """Bytes of a Kubernetes quantity with a binary suffix."""
     return float(quantity[:-2]) * 2 ** (10 * (1 + "KMGT".index(quantity[-2])))
+
+
+def smallest_p_value(prompts: int) -> float:
+    """The smallest two-sided p-value that `dqo.evaluation.statistics.paired_p_value` can give.
+
+    All sides swapped, or none: 2 of 2^prompts ways; with more prompts, one of 9,999 random swaps and what is seen.
+    """
+    return max(2.0 ** (1 - min(prompts, 64)), 1e-4)
 
 
 class Recipe(_Section):
@@ -950,9 +990,49 @@ class Recipe(_Section):
                     f"sequences of a step{among} ({each})"
                 )
         problems += _health_problems(self.rl, self.method)
+        problems += self._gate_fits()
         if problems:
             raise ValueError("\n".join(problems))  # a line each, see _readable
         return self
+
+    def _gate_fits(self) -> list[str]:
+        """What of the gate and the judge can never hold."""
+        problems = []
+        gate, evaluation = self.gate, self.evaluation
+        if self.judge is not None and self.judge.responses > evaluation.n:
+            problems.append(
+                f"judge.responses: got {self.judge.responses}; expected at most evaluation.n = {evaluation.n}"
+            )
+        if gate.judge is not None and self.judge is None:
+            problems.append("gate.judge: asks for a judge, and the recipe names none; expected a section `judge`")
+        if gate.diversity_needed == "any" and gate.diversity_test != "holm":
+            problems.append(
+                f"gate.diversity_needed: got 'any' with gate.diversity_test {gate.diversity_test!r}, under which one "
+                "of several metrics may hold by chance; expected diversity_test 'holm', or 'all'"
+            )
+        metrics = len(set(gate.more_diverse_on)) if gate.diversity_test == "holm" else 1
+        smallest, level = metrics * smallest_p_value(evaluation.prompts), 1 - evaluation.confidence
+        if gate.diversity_test != "apart" and smallest > level + 1e-12:
+            problems.append(
+                f"gate.diversity_test: got {gate.diversity_test!r}, which can never hold: over {evaluation.prompts} "
+                f"prompts{f' and {metrics} metrics' if metrics > 1 else ''} no p-value is below {smallest:.2g}, and "
+                f"evaluation.confidence asks for {level:.2g}; expected more evaluation.prompts, a lower confidence or "
+                "'apart'"
+            )
+        by_interval = {
+            "gate.quality_test 'non_inferior'": gate.quality_test == "non_inferior",
+            "gate.max_length_change": gate.max_length_change is not None,
+            "gate.max_truncation_increase": gate.max_truncation_increase is not None,
+            "gate.max_duplicate_increase": gate.max_duplicate_increase is not None,
+            "gate.judge.decided_by 'low'": gate.judge is not None and gate.judge.decided_by == "low",
+        }
+        rules = [name for name, asked in by_interval.items() if asked]
+        if evaluation.prompts < 2 and rules:
+            problems.append(
+                f"evaluation.prompts: got {evaluation.prompts}, of which no interval can be made; expected 2 or more "
+                f"for {', '.join(rules)}"
+            )
+        return problems
 
     def _processes_fit(self) -> list[str]:
         """What is wrong with the number of processes and the strategy."""

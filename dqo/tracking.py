@@ -31,6 +31,8 @@ PARENT_TAG = "mlflow.parentRunId"
 KEY_TAG = "dqo.stage_key"
 STAGE_TAG = "dqo.stage"
 DATA_TAG = "dqo.data_digest"
+JUDGE_TAG = "dqo.judge"
+"""Whether the judge is done with an evaluation: `complete` or `incomplete`; on the runs of recipes with a judge."""
 UNCHANGED_TAG = "dqo.unchanged"
 KUBEFLOW_TAG = "dqo.kubeflow_run_id"
 ERROR_TAG = "dqo.error"
@@ -164,12 +166,13 @@ def finished_run(recipe: Recipe, experiment_id: str, data_digest: str) -> str | 
         [experiment_id],
         f"tags.`{STAGE_TAG}` = 'pipeline' and tags.`dqo.recipe_digest` = '{recipe.digest}' and "
         f"tags.`{DATA_TAG}` = '{data_digest}' and attributes.status = 'FINISHED'",
-        max_results=1,
         order_by=["attributes.end_time DESC"],
     )
-    if not found:
+    # Where the judge was away something is left to do. MLflow cannot search for runs without a tag.
+    done = [run for run in found if run.data.tags.get(JUDGE_TAG) != "incomplete"]
+    if not done:
         return None
-    run_id: str = found[0].info.run_id
+    run_id: str = done[0].info.run_id
     by = os.environ.get(KUBEFLOW_VARIABLE) or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     client.set_tag(run_id, UNCHANGED_TAG, by)
     return run_id

@@ -30,7 +30,7 @@ def evaluate(
         data: Output of `prepare`.
         sft: Output of `dqo_sft`.
         variants: Outputs of `dqo_rl`.
-        evaluation: evaluation.json, responses.jsonl, plane.png, report.html.
+        evaluation: evaluation.json, responses.jsonl, plane.png, report.html; with a judge its audit and verdicts.
         report: The report on its own, for the Kubeflow page.
         metrics: Means of the DQO model.
     """

@@ -36,6 +36,7 @@ from dqo.evaluation.page import (
 )
 from dqo.evaluation.statistics import Interval, overlap
 from dqo.files import write_text
+from dqo.gate import describe
 from dqo.health import Finding as HealthFinding
 from dqo.recipe import Recipe
 
@@ -65,6 +66,19 @@ class Gate:
 
     passed: bool
     reasons: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the judge said of `dqo` against its rival on one prompt, about the first response of each."""
+
+    prompt: str
+    verdict: str
+    """`A` is a response of `dqo`, `B` one of its rival; `tie`, `invalid` or `missing`."""
+    orders: Sequence[str]
+    """The verdict with A shown first, then with B shown first."""
+    reasons: Sequence[str]
+    """The judge's words for each order."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +121,10 @@ class ReportData:
     """`None` while nobody asked for promotion."""
     health: Mapping[str, Sequence[HealthFinding]] = field(default_factory=dict)
     """Variant -> what health rules found in its training."""
+    judge: Mapping[str, Any] | None = None
+    """Part `judge` of `evaluation.json`; `None` where no judge was asked."""
+    said: Sequence[Said] = ()
+    """The judge's words on the prompts of `examples`."""
 
     def __post_init__(self) -> None:
         missing = {"dqo", self.recipe.gate.against} - {model.name for model in self.models}
@@ -298,6 +316,44 @@ def _curve_sets(data: ReportData, looks: Mapping[str, charts.Look], labels: Mapp
     return {"large": large, "small": small, "variants": list(trained)}
 
 
+@dataclass(frozen=True)
+class _JudgeRow:
+    """A model against the rival, or the rival itself (without verdicts)."""
+
+    name: str
+    verdicts: Mapping[str, Any] | None
+    win_rate: Interval | None
+    equal_lengths: Interval | None
+    score: Interval | None
+
+
+def _judge_rows(data: ReportData) -> list[_JudgeRow]:
+    """What the judge said, a row a model in display order."""
+    if data.judge is None:
+        return []
+
+    def interval(content: Mapping[str, float | None] | None) -> Interval | None:
+        if content is None:
+            return None
+        return known_mean(Interval(**{name: math.nan if v is None else v for name, v in content.items()}))
+
+    rows = []
+    for model in data.models:
+        verdicts, scores = data.judge["models"].get(model.name), data.judge["scores"].get(model.name)
+        if verdicts is not None or scores is not None:
+            rates = verdicts or {"win_rate": None, "length_controlled": None}
+            rows.append(
+                _JudgeRow(
+                    model.name,
+                    verdicts,
+                    interval(rates["win_rate"]),
+                    interval(rates["length_controlled"]),
+                    None if scores is None else interval(scores["score"]),
+                )
+            )
+    return rows
+
+
 def _recipe_rows(recipe: Recipe) -> list[tuple[str, str]]:
     """The recipe in a few lines; the whole of it stands below them."""
 
@@ -348,6 +404,8 @@ def render(data: ReportData) -> str:
         planes=page.planes(data.models, looks, n, lineage),
         curves=_curve_sets(data, looks, labels),
         table=[(METRICS[metric], cells(data.models, metric), data.differences.get(metric)) for metric in shown_metrics],
+        judged=_judge_rows(data),
+        gate_rules=describe(data.recipe.gate),
         looks=looks,
         labels=labels,
         style=style,

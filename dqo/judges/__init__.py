@@ -88,6 +88,11 @@ class PointwiseJudge(Protocol):
         """Requests sent to a server so far; None for a judge without one."""
         ...
 
+    @property
+    def stopped(self) -> str | None:
+        """See `PairwiseJudge`."""
+        ...
+
     def score(self, responses: Sequence[str], rows: Sequence[Row], repeat: int = 0) -> list[Score]:
         """Score each response to the row of the same index.
 
@@ -109,6 +114,11 @@ class PairwiseJudge(Protocol):
         """Requests sent to a server so far; None for a judge without one."""
         ...
 
+    @property
+    def stopped(self) -> str | None:
+        """Why nothing more was asked since the last call: the server is down, or the budget is spent; else None."""
+        ...
+
     def compare(self, pairs: Sequence[Pair], repeat: int = 0) -> list[Comparison]:
         """Compare the responses of each pair.
 
@@ -126,6 +136,7 @@ class RewardJudge:
         self._reward = reward
         self.identity: Identity = {"kind": "reward", "name": reward.name}
         self.requests: int | None = None
+        self.stopped: str | None = None
 
     def score(self, responses: Sequence[str], rows: Sequence[Row], repeat: int = 0) -> list[Score]:
         """See `PointwiseJudge`; what the reward cannot judge is invalid."""
@@ -146,6 +157,9 @@ class ByScore:
         judge: Scores the responses.
         margin: Scores that differ by at most this much are a tie, in the judge's own unit.
 
+    Attributes:
+        judge: The judge that scores.
+
     Raises:
         DQOError: If the margin is negative.
     """
@@ -153,19 +167,24 @@ class ByScore:
     def __init__(self, judge: PointwiseJudge, margin: float = 0.0) -> None:
         if not margin >= 0:
             raise DQOError(f"margin: got {margin}; expected 0 or more")
-        self._judge = judge
+        self.judge = judge
         self._margin = margin
         self.identity: Identity = {**judge.identity, "margin": margin}
 
     @property
     def requests(self) -> int | None:
         """See `PairwiseJudge`."""
-        return self._judge.requests
+        return self.judge.requests
+
+    @property
+    def stopped(self) -> str | None:
+        """See `PairwiseJudge`."""
+        return self.judge.stopped
 
     def compare(self, pairs: Sequence[Pair], repeat: int = 0) -> list[Comparison]:
         """See `PairwiseJudge`; the order plays no part, so both orders have one verdict."""
         rows = [pair.row for pair in pairs]
-        scores = self._judge.score([pair.a for pair in pairs] + [pair.b for pair in pairs], rows + rows, repeat=repeat)
+        scores = self.judge.score([pair.a for pair in pairs] + [pair.b for pair in pairs], rows + rows, repeat=repeat)
         return [self._compared(*both) for both in zip(scores[: len(pairs)], scores[len(pairs) :], strict=True)]
 
     def _compared(self, a: Score, b: Score) -> Comparison:
@@ -188,6 +207,19 @@ def request_of(row: Row) -> str:
     if len(messages) == 1:
         return str(messages[0]["content"])
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def check(settings: "JudgeSettings") -> None:
+    """See whether a judge can be built, without asking it or writing anything.
+
+    Raises:
+        DQOError: As `build`.
+    """
+    from dqo.judges.client import read_key
+    from dqo.judges.prompt import load_prompt
+
+    load_prompt(settings.prompt)
+    read_key(settings)
 
 
 def build(settings: "JudgeSettings") -> PairwiseJudge:

@@ -21,6 +21,7 @@ from dqo.judges.agreement import kappa
 from dqo.judges.labelled import LabelledPair, LabelledSet
 from dqo.recipe import JudgeAudit
 
+_MET = ", as demanded"
 _DRAWS, _CONFIDENCE, _SEED = 2000, 0.95, 0
 
 
@@ -89,6 +90,11 @@ class Audit:
             right, total = kinds.get(pair["kind"], (0, 0))
             kinds[pair["kind"]] = right + (pair["verdict"] == pair["label"]), total + 1
         return kinds
+
+    @property
+    def faults(self) -> list[str]:
+        """The reasons that speak against the judge: demands that it has not met, answers that are missing."""
+        return [reason for reason in self.reasons if _MET not in reason]
 
     @property
     def problems(self) -> list[str]:
@@ -336,7 +342,7 @@ def decide(found: Measures, demands: JudgeAudit, pairs: int) -> tuple[bool, list
         held = demand.holds(demand.value, demand.limit)
         passed = passed and held
         reasons.append(
-            f"{demand.label}: {demand.value:.2f}{demand.shown}, {'as' if held else 'not as'} demanded "
+            f"{demand.label}: {demand.value:.2f}{demand.shown}{_MET if held else ', not as demanded'} "
             f"({demand.wanted} {demand.limit:g})"
         )
     return passed, reasons

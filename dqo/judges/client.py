@@ -100,7 +100,7 @@ class ChatClient:
         self._settings = settings
         self._url = f"{settings.endpoint}/chat/completions"
         self._first_wait = first_wait
-        self._key = _read_key(settings)
+        self._key = read_key(settings)
         self._cache = Path(settings.cache).expanduser() if settings.cache else cache_folder()
         try:
             self._cache.mkdir(parents=True, exist_ok=True)
@@ -119,6 +119,11 @@ class ChatClient:
     def sent(self) -> int:
         """Requests sent so far, those that failed and were sent again included."""
         return self._sent
+
+    @property
+    def stopped(self) -> str | None:
+        """Why the last call of `ask` did not ask everything: the server is down, or the budget is spent; else None."""
+        return self._stop_reason or None
 
     @property
     def host(self) -> str:
@@ -241,7 +246,8 @@ class ChatClient:
             raise _Again(f"answered 200 without a chat completion: {self._shown(response)}") from None
         if text is not None and not isinstance(text, str):
             raise _Again(f"answered 200 with a content that is no text: {self._shown(response)}")
-        answer = Answer("answered", self._redacted(text or ""))
+        # JSON can carry half a surrogate pair, which no file of results can hold.
+        answer = Answer("answered", self._redacted(text or "").encode("utf-8", "replace").decode())
         record = {
             "endpoint": self._settings.endpoint,
             "model": self._settings.model,
@@ -390,7 +396,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dqo" / "judge"
 
 
-def _read_key(settings: Judge) -> str | None:
+def read_key(settings: Judge) -> str | None:
+    """The server's key, None where it needs none.
+
+    Raises:
+        DQOError: If the variable that should hold the key is not set or holds what cannot be one.
+    """
     if settings.api_key_env is None:
         return None
     key = os.environ.get(settings.api_key_env, "").strip()

@@ -49,7 +49,9 @@ def read_answer(text: str, prompt: Prompt) -> tuple[str | int, str] | None:
     result, reasons = found[0][prompt.field], found[0].get("reasons")
     # True == 1 in Python, and 4.0 == 4: the type has to be the choice's own.
     known = any(type(result) is type(choice) and result == choice for choice in prompt.choices)
-    return (result, reasons) if known and isinstance(reasons, str) else None
+    if not known or not isinstance(reasons, str):
+        return None
+    return result, reasons.encode("utf-8", "replace").decode()  # half a surrogate pair, escaped, cannot be written
 
 
 def _each_once(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -83,6 +85,11 @@ class _LanguageModel:
     def requests(self) -> int:
         """Requests sent so far."""
         return self._client.sent
+
+    @property
+    def stopped(self) -> str | None:
+        """See `PairwiseJudge`."""
+        return self._client.stopped
 
     def _judge(self, texts: Sequence[tuple[str, ...]], repeat: int) -> list[tuple[str | int, str] | Answer]:
         """Ask about each request with its responses; what cannot be read is asked once more.

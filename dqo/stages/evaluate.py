@@ -22,13 +22,15 @@ from dqo.evaluation.statistics import Interval, bootstrap_interval, paired_diffe
 from dqo.files import read_jsonl, write_jsonl, write_text
 from dqo.gate import decide
 from dqo.generation import sample_texts
-from dqo.health import judge
+from dqo.health import judge as judge_health
+from dqo.judges import build as build_judge
 from dqo.policy import CheckpointCard, default_device, end_of_turn_ids, load_for_inference, load_tokenizer
 from dqo.progress import Progress
 from dqo.recipe import Recipe
 from dqo.rewards import Reward, build, score
 from dqo.shell import dqo_command
 from dqo.stages.context import Context, StageFolder, reward_identity, running, stage_key, with_identity
+from dqo.stages.judging import Judged, ask, in_workspace, key_of
 from dqo.stages.labels import label
 from dqo.tasks import get_task
 
@@ -40,10 +42,14 @@ def run(context: Context, data: Path, checkpoints: list[Path], evaluation: Path)
         context: The pipeline run.
         data: Folder written by `prepare`.
         checkpoints: Folders written by `sft` and `rl`.
-        evaluation: Folder to write: evaluation.json, responses.jsonl, plane.png, report.html.
+        evaluation: Folder to write: evaluation.json, responses.jsonl, plane.png, report.html; with a judge its audit,
+            verdicts and scores.
+
+    A judge that is down, or whose budget is spent, does not end the evaluation: it is handed on without the verdicts
+    that are missing, its gate refuses, and the stage is not finished, so that a repeat asks for them.
 
     Raises:
-        DQOError: If a checkpoint of the recipe is missing.
+        DQOError: If a checkpoint of the recipe is missing, or the judge can never answer (wrong key, unknown model).
     """
     recipe = context.recipe
     card = DataCard.read(data / "card.json")
@@ -58,6 +64,7 @@ def run(context: Context, data: Path, checkpoints: list[Path], evaluation: Path)
         models=keys,
         evaluation=recipe.evaluation.model_dump(),
         gate=recipe.gate.model_dump(),
+        judge=key_of(recipe.judge),
         encoder=with_identity(recipe.encoder),
         health=recipe.rl.health.model_dump(),
         parent_run=context.parent_run_id,
@@ -66,6 +73,8 @@ def run(context: Context, data: Path, checkpoints: list[Path], evaluation: Path)
         experiment = tracking.connect(recipe, context.mlflow_uri)
         with tracking.child_run(context.parent_run_id, "evaluate", "evaluate", key) as run_:
             if not folder.finished:
+                # Before anything is sampled: its key may be missing.
+                judge = build_judge(in_workspace(recipe.judge, context.workspace)) if recipe.judge else None
                 rows = read_rows(data / "eval.jsonl")[: recipe.evaluation.prompts]
                 # One for all models, loaded when the first of them has no responses in the workspace.
                 reward = cache(lambda: build(recipe, get_task(recipe.task), default_device()))
@@ -73,10 +82,28 @@ def run(context: Context, data: Path, checkpoints: list[Path], evaluation: Path)
                     name: _sample(context, name, folders[name], keys[name], rows, reward, progress)
                     for name in recipe.model_names
                 }
-                _measure(context, folder, run_, experiment, card, rows, sampled, folders)
-                folder.finish()
+                judged = None
+                if judge is not None:
+                    done = len(recipe.model_names)
+                    judged = ask(judge, recipe, rows, sampled, lambda text: progress("step", done, done, text))
+                    _tell(context, run_, judged, progress)
+                _measure(context, folder, run_, experiment, card, rows, sampled, folders, judged)
+                if judged is None or judged.complete:
+                    folder.finish()
             run_.folder(folder.output, "evaluation")
         folder.publish(evaluation)
+
+
+def _tell(context: Context, run: tracking.Run, judged: Judged, progress: Progress) -> None:
+    """Say on the runs, and to who watches, which judge it was and whether it is done."""
+    state = {tracking.JUDGE_TAG: "complete" if judged.complete else "incomplete"}
+    for handle in (run, tracking.Run(context.parent_run_id)):
+        handle.tags(state)
+    run.params({f"judge.{name}": value for name, value in judged.identity.items()})
+    if not judged.complete:
+        progress("warning", message=f"the judge is not done: {judged.reason}")
+    elif not judged.audit.passed:
+        progress("warning", message=f"the judge has not passed its audit: {'; '.join(judged.audit.faults)}")
 
 
 def _sampling_key(recipe: Recipe, card: DataCard, checkpoint: Path | None) -> str:
@@ -154,6 +181,7 @@ def _measure(
     rows: list[dict[str, Any]],
     sampled: dict[str, list[dict[str, Any]]],
     folders: dict[str, Path | None],
+    judged: Judged | None,
 ) -> None:
     recipe = context.recipe
     settings = recipe.evaluation
@@ -183,7 +211,9 @@ def _measure(
     cards = {name: CheckpointCard.read(path) for name, path in folders.items() if path is not None}
     histories = {name: read_jsonl(path / "history.jsonl") for name, path in folders.items() if path is not None}
     method = recipe.method
-    health = {name: judge(recipe.rl.health, histories[name], method.k, method.kernel_scale) for name in recipe.variants}
+    health = {
+        name: judge_health(recipe.rl.health, histories[name], method.k, method.kernel_scale) for name in recipe.variants
+    }
     output = folder.fresh_output()
     write_jsonl(output / "responses.jsonl", [result for results in sampled.values() for result in results])
     document: dict[str, Any] = {
@@ -191,12 +221,17 @@ def _measure(
         "n": settings.n,
         "prompts": len(rows),
         "confidence": settings.confidence,
+        "bootstrap_draws": settings.bootstrap_draws,
+        "seed": recipe.seed,
         "directions": {name: metric.direction for name, metric in METRICS.items()},
         "stopped": {name: one.stopped["reason"] for name, one in cards.items() if one.stopped is not None},
         "health": {name: [finding.to_dict() for finding in findings] for name, findings in health.items()},
         "data_digest": card.digest,
         "recipe_digest": recipe.digest,
     }
+    if judged is not None:
+        document["judge"] = judged.document()
+        judged.write(output)
     gate = decide(recipe.gate, document)
     document["gate"] = asdict(gate)
     write_text(output / "evaluation.json", json.dumps(document, indent=1, allow_nan=False) + "\n")
@@ -246,6 +281,8 @@ def _measure(
         },
         gate=report.Gate(gate.passed, gate.reasons),
         health=health,
+        judge=document.get("judge"),
+        said=_first_words(judged, rows),
     )
     report.write(data, output / "report.html")
     plane = figures.plane_figure(data.models, n=settings.n)
@@ -253,7 +290,19 @@ def _measure(
     run.figure(plane, "plane.png")
     curves = {name: rows_ for name, rows_ in data.histories.items() if name != "sft"}
     run.figure(figures.learning_curves_figure(curves), "learning_curves.png")
-    _log(run, runs, intervals, sampled, card, rows, context)
+    _log(run, runs, intervals, sampled, card, rows, context, judged)
+
+
+def _first_words(judged: Judged | None, rows: list[dict[str, Any]], count: int = 6) -> list[report.Said]:
+    """What the judge said of the first pair of the first prompts by id, which the report shows the responses of."""
+    if judged is None or "dqo" not in judged.comparisons:
+        return []
+    prompts = {row["id"]: row["prompt"][-1]["content"] for row in rows}
+    compared = sorted(judged.comparisons["dqo"].prompts, key=lambda one: one.id)[:count]
+    return [
+        report.Said(prompts[one.id], one.comparisons[0].verdict, one.comparisons[0].orders, one.comparisons[0].reasons)
+        for one in compared
+    ]
 
 
 def _log(
@@ -264,6 +313,7 @@ def _log(
     card: DataCard,
     rows: list[dict[str, Any]],
     context: Context,
+    judged: Judged | None,
 ) -> None:
     """The same metric names on every model's own run, so that MLflow's compare page lines them up."""
     run.dataset(rows, card.task, card.digest, card.source, "evaluation")
@@ -272,6 +322,8 @@ def _log(
     for name, results in sampled.items():
         columns[name] = ["\n".join(result["responses"]) for result in results]
     run.table(columns, "responses_side_by_side.json")
+    if judged is not None:
+        run.metrics(judged.metrics())
     summary: dict[str, list[Any]] = {"model": [], "metric": [], "mean": [], "low": [], "high": []}
     for name, metrics in intervals.items():
         values: dict[str, float] = {}
@@ -283,6 +335,8 @@ def _log(
             }
             for column, value in zip(summary, (name, metric, interval.mean, interval.low, interval.high), strict=True):
                 summary[column].append(value)
+        if judged is not None:
+            values |= judged.model_metrics(name)
         if name in runs:
             tracking.Run(runs[name]).metrics(values)
         else:

@@ -17,7 +17,7 @@ from pipeline.tiny_runs import GOLDEN, ROOT
 
 from components.finish.component import finish
 from components.preflight.component import preflight
-from dqo.recipe import load, parse
+from dqo.recipe import Judge, load, parse
 from dqo.tracking import default_uri
 from pipelines.pipeline import build, compile_recipe
 
@@ -215,6 +215,21 @@ def test_retries_and_caching():
     policy = {"maxRetryCount": 4, "backoffDuration": "30s", "backoffFactor": 3.0, "backoffMaxDuration": "172800s"}
     assert {name for name, task in tasks.items() if task.get("retryPolicy") == policy} == steps
     assert "retryPolicy" not in tasks["preflight"]
+
+
+@pytest.mark.parametrize("cluster", [True, False])
+@pytest.mark.parametrize(("caching", "cached"), [({}, False), ({"evaluate": True}, True)])
+def test_an_evaluation_with_a_judge_is_not_cached_unless_the_recipe_says_so(
+    cluster: bool, caching: dict[str, bool], cached: bool, tmp_path: Path
+):
+    recipe = load(PROFILES["gpu-large"])
+    resources = recipe.resources.model_copy(update={"caching": caching})
+    judge = Judge(endpoint="http://judge:8000/v1", model="m")
+    judged = recipe.model_copy(update={"judge": judge, "resources": resources})
+    compiler.Compiler().compile(build(judged, cluster=cluster), str(tmp_path / "judged.yaml"))
+    tasks = tasks_of(next(yaml.safe_load_all((tmp_path / "judged.yaml").read_text())))
+    assert tasks["evaluate"].get("cachingOptions", {}).get("enableCache", False) is cached
+    assert tasks["register"]["cachingOptions"]["enableCache"]
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -59,6 +59,12 @@ def test_unchanged_is_a_finished_run_of_the_same_recipe_and_data(context, source
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     (parent,) = client.search_runs(experiments, "tags.`dqo.stage` = 'pipeline'")
     assert parent.info.status == "FINISHED" and parent.data.tags["dqo.unchanged"] == "kubeflow-run-2"
+    # A judge that was away has left something to do.
+    client.set_tag(first, tracking.JUDGE_TAG, "incomplete")
+    assert prepare.run(context, tmp_path / "judge", True) == "changed"
+    client.set_tag(first, tracking.JUDGE_TAG, "complete")
+    client.set_terminated(first, "FINISHED")
+    assert prepare.run(context, tmp_path / "judged", True) == "unchanged"
     # Another row is other data: a new run, beside the finished one.
     monkeypatch.delenv(tracking.KUBEFLOW_VARIABLE)
     lines = get_task("story").bundled.read_text(encoding="utf-8").splitlines()

@@ -3,14 +3,14 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from judge_server import Reply, fenced, serving, verdict
 
 from dqo.errors import DQOError
-from dqo.judges import Comparison, Pair, build
-from dqo.judges.comparison import ModelComparison, compare_models
+from dqo.judges import Comparison, Pair, Score, build
+from dqo.judges.comparison import ModelComparison, compare_models, score_model
 
 ROWS = [{"id": f"{i:016x}", "prompt": [{"role": "user", "content": f"Question {i}?"}]} for i in range(4)]
 
@@ -23,6 +23,7 @@ class Table:
     """Says what the responses' names ask for: `win-...` beats everything, and so on."""
 
     requests = None
+    stopped = None
 
     def __init__(self) -> None:
         self.identity = {"kind": "table"}
@@ -65,6 +66,70 @@ def test_the_share_that_the_longer_response_wins():
     found = compared([["win-long"], ["win"], ["lose-long"], ["tie-long"]], [["x" * 5]] * 4, 1)
     # Won by the longer one: the first. `win` (3 characters) beats 5, and `lose-long` (9) loses to 5.
     assert found.longer_win_rate == pytest.approx(1 / 3)
+
+
+def test_a_win_everywhere_is_not_taken_for_certain():
+    """Four wins of four: Clopper and Pearson's lower bound at 95 % is 0.025^(1/4)."""
+    found = compared([["win"]] * 4, count=1)
+    assert found.win_rate.mean == 1.0 and found.win_rate.low == pytest.approx(0.025**0.25)
+
+
+def test_the_win_rate_at_equal_lengths_takes_out_what_length_explains():
+    """The longer side wins always, and each side is the longer one as often: at equal lengths there is nothing left."""
+    groups = [["win-" + "x" * 30], ["lose"], ["win-" + "x" * 30], ["lose"]]
+    found = compared(groups, [["y" * 10], ["y" * 28], ["y" * 10], ["y" * 28]], 1)
+    assert found.win_rate.mean == 0.5 and found.longer_win_rate == 1.0
+    assert found.length_controlled is not None and found.length_controlled.mean == pytest.approx(0.5, abs=1e-6)
+    assert found.length_effect is not None and found.length_effect > 1.0
+    assert [one.lengths for one in found.prompts] == [(34.0, 10.0), (4.0, 28.0)] * 2
+    # Nearly always won, and only ever by the longer side: less is left than the raw rate says.
+    longer = compared([["win-" + "x" * 30]] * 3 + [["lose"]], [["y" * 10]] * 3 + [["y" * 40]], 1)
+    assert longer.length_controlled is not None and longer.length_controlled.mean < longer.win_rate.mean == 0.75
+
+
+def test_a_difference_in_length_that_never_varies_cannot_be_told_from_the_model():
+    found = compared([["win-x"], ["lose-"], ["tie-x"], ["win-y"]], [["y" * 3]] * 4, 1)
+    assert found.length_controlled is None and found.length_effect is None
+    assert "every response is longer by 2" in found.not_length_controlled
+    document = found.document()
+    assert document["length_controlled"] is None and document["pairs"] == 4
+    nothing = compared([["gone"]] * 4, count=1)
+    assert nothing.length_controlled is None and nothing.not_length_controlled == "no pair has a verdict"
+
+
+def test_lengths_are_those_of_the_pairs_with_a_verdict():
+    found = compared([["win-xx", "odd-" + "x" * 50]] * 2 + [["lose", "win"]] * 2)
+    assert [one.lengths for one in found.prompts] == [(6.0, 4.0)] * 2 + [(3.5, 4.0)] * 2
+
+
+def test_the_share_won_by_the_response_shown_first():
+    """Of the win's two answers one names what was shown first, of the flip's both, and the tie's name no winner."""
+    found = compared([["win"], ["flip"], ["tie"], ["odd"]], count=1)
+    # `odd` is read in one order, where A was shown first and won.
+    assert found.first_position_rate == pytest.approx(4 / 5)
+
+
+class Words:
+    """Scores a response by its words; nothing readable of an empty one, nothing at all of `gone`."""
+
+    identity: ClassVar[dict[str, Any]] = {"kind": "words"}
+    requests = stopped = None
+
+    def score(self, responses: list[str], rows: list[Any], repeat: int = 0) -> list[Score]:
+        assert len(responses) == len(rows)
+        return [
+            Score(None, "missing", "away") if text == "gone"
+            else Score(float(len(text.split())), "valid") if text else Score(None, "invalid")
+            for text in responses
+        ]  # fmt: skip
+
+
+def test_scores_are_means_over_prompts_of_the_valid_ones():
+    groups = [["a b", "a b c d", "never scored"], ["a", "", "x"], ["gone", "gone", "x"], ["a b c", "gone", "x"]]
+    found = score_model(Words(), ROWS, results("sft", groups), 2, 500, 0.95, 0)
+    assert found.per_prompt == [3.0, 1.0, None, 3.0]
+    assert found.score.mean == pytest.approx(7 / 3) and (found.invalid, found.missing) == (1, 3)
+    assert [key for key, _ in found.prompts] == [row["id"] for row in ROWS]
 
 
 def test_only_the_first_responses_are_judged_and_a_server_that_goes_away_leaves_the_rest(tmp_path: Path):

@@ -19,7 +19,7 @@ from judge_server import BLOCK, JudgeServer, Reply, completion, fenced, serving,
 
 from dqo.errors import DQOError
 from dqo.files import write_text
-from dqo.judges import ByScore, Comparison, Pair, RewardJudge, Score, build
+from dqo.judges import ByScore, Comparison, Pair, RewardJudge, Score, build, check
 from dqo.judges.client import ChatClient, Question, retry_after
 from dqo.judges.llm import PairwiseLLM, PointwiseLLM, read_answer
 from dqo.judges.prompt import escaped, load_prompt
@@ -730,6 +730,47 @@ def test_what_a_reward_cannot_judge_is_invalid():
     found = RewardJudge(Odd()).score(["none", "nan", "x"], [row()] * 3)
     assert [(one.value, one.status) for one in found] == [(None, "invalid"), (None, "invalid"), (1.0, "valid")]
     assert ByScore(RewardJudge(Odd())).compare([Pair(row(), "x", "none")])[0].verdict == "invalid"
+
+
+# --- what cannot be written into a file ---
+
+
+@pytest.mark.parametrize("text", ['{"reasons": "a \\ud800 b", "verdict": "A"}', "prose with \ud800 half a pair"])
+def test_half_a_surrogate_pair_becomes_a_question_mark(text: str, tmp_path: Path):
+    with serving(lambda *_: completion(text)) as server:
+        (found,) = judge(server, tmp_path).compare([Pair(row(), "good", "bad")])
+        (kept,) = judge(server, tmp_path).compare([Pair(row(), "good", "bad")])
+    assert all("?" in reason for reason in found.reasons) and kept == found
+    assert [reason.encode("utf-8").decode() for reason in found.reasons] == list(found.reasons)
+
+
+# --- what ends the asking ---
+
+
+def test_a_judge_says_why_it_asked_no_more_and_starts_anew(tmp_path: Path):
+    with serving(lambda *_: Reply(503, b"away")) as server:
+        asking = judge(server, tmp_path, max_attempts=1)
+        assert asking.stopped is None
+        asking.compare(pairs(2))
+        assert asking.stopped is not None and "is down: 503: away" in asking.stopped
+        server.script = honest
+        asking.compare(pairs(2))
+        assert asking.stopped is None
+        poor = build(server.settings(tmp_path / "poor", prompt="pointwise", max_requests=1))
+        poor.compare(pairs(1))
+    assert poor.stopped == "the budget of 1 requests (judge.max_requests) is spent"
+
+
+def test_a_check_of_the_settings_asks_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    with serving(honest) as server:
+        check(server.settings(tmp_path / "cache"))
+        with pytest.raises(DQOError, match="NO_SUCH_KEY is not set"):
+            check(server.settings(tmp_path / "cache", api_key_env="NO_SUCH_KEY"))
+        with pytest.raises(DQOError, match=r"judge\.prompt"):
+            check(server.settings(tmp_path / "cache", prompt="no-such"))
+        assert server.count == 0
+    assert not (tmp_path / "cache").exists()
 
 
 # --- the recipe's section ---

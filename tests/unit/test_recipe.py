@@ -114,6 +114,48 @@ def test_gate_against_a_baseline_that_is_not_trained():
     assert recipe.model_names == ["base", "sft", "dqo"]
 
 
+JUDGED = "judge: {endpoint: 'http://h/v1', model: m}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("gate: {judge: {}}", "gate.judge: asks for a judge, and the recipe names none"),
+        (JUDGED + "gate: {judge: {min_win_rate: 1}}", "gate.judge.min_win_rate: got 1; "),
+        (JUDGED + "gate: {judge: {min_win_rate: -0.1}}", "gate.judge.min_win_rate: got -0.1; "),
+        (JUDGED + "gate: {judge: {decided_by: high}}", "gate.judge.decided_by: got 'high'"),
+        (JUDGED + "gate: {judge: {}}\nevaluation: {prompts: 1}", "expected 2 or more for gate.judge.decided_by 'low'"),
+        (JUDGED.replace("m}", "m, responses: 9}"), "judge.responses: got 9; expected at most evaluation.n = 8"),
+        ("gate: {diversity_needed: any}", "gate.diversity_needed: got 'any' with gate.diversity_test 'apart'"),
+        ("gate: {diversity_needed: any, diversity_test: paired}", "with gate.diversity_test 'paired'"),
+        ("gate: {quality_test: non_inferior}\nevaluation: {prompts: 1}", "for gate.quality_test 'non_inferior'"),
+        ("gate: {max_length_change: 0}", "gate.max_length_change: got 0; "),
+        ("gate: {max_truncation_increase: 2}", "gate.max_truncation_increase: got 2; "),
+        # Five prompts: the smallest p-value of swapped sides is 2/32, six: 2/64, twice that for the better of two.
+        ("gate: {diversity_test: paired}\nevaluation: {prompts: 5}", "over 5 prompts no p-value is below 0.062"),
+        ("gate: {diversity_test: holm}\nevaluation: {prompts: 6}", "6 prompts and 2 metrics no p-value is below 0.062"),
+        ("gate: {diversity_test: paired}\nevaluation: {confidence: 0.99995}", "evaluation.confidence asks for 5e-05"),
+    ],
+)  # fmt: skip
+def test_a_gate_that_can_never_hold_is_refused(text: str, problem: str):
+    message = refusal(f"name: a\n{text}")
+    assert problem in message and message.startswith("my.yaml: 1 error in the recipe\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "gate: {diversity_test: paired}\nevaluation: {prompts: 6}",
+        "gate: {diversity_test: holm}\nevaluation: {prompts: 7}",
+        "gate: {diversity_test: holm, diversity_needed: any, more_diverse_on: [log_volume]}\nevaluation: {prompts: 6}",
+        JUDGED + "gate: {judge: {decided_by: mean, min_win_rate: 0}}\nevaluation: {prompts: 1}",
+        JUDGED + "evaluation: {n: 2}",
+    ],
+)
+def test_a_gate_that_can_hold_is_taken(text: str):
+    parse(f"name: a\n{text}")
+
+
 @pytest.mark.parametrize("stage", ["sft", "rl"])
 def test_micro_batch_must_divide_the_step(stage: str):
     k = 2 if stage == "sft" else 6  # SFT without rollouts holds two rows a prompt, whatever the group size

@@ -13,7 +13,7 @@ from dqo.evaluation import figures, report
 from dqo.evaluation import page as page_parts
 from dqo.evaluation.figures import Box, ModelResult
 from dqo.evaluation.metrics import METRICS, duplicate_rate
-from dqo.evaluation.report import Example, Gate, Links, ReportData, Response
+from dqo.evaluation.report import Example, Gate, Links, ReportData, Response, Said
 from dqo.evaluation.statistics import Interval
 from dqo.health import Finding as HealthFinding
 from dqo.recipe import Recipe
@@ -204,6 +204,8 @@ def test_hostile_text_is_only_ever_text(data):
         links=Links(HOSTILE, "javascript:alert(4)", f"http://host/{HOSTILE}"),
         environment={HOSTILE: HOSTILE},
         gate=Gate(False, [HOSTILE]),
+        judge=judge_part(reason=HOSTILE, complete=False, identity={**judge_part()["identity"], "model": HOSTILE}),
+        said=[Said(HOSTILE, "A", (HOSTILE, "invalid"), (HOSTILE, HOSTILE))],
     )
     page = Page(report.render(hostile))
     tags = [tag for tag, _ in page.elements]
@@ -307,6 +309,75 @@ def test_gate(data):
     assert "decided after this report" in Page(report.render(data)).words
     page = Page(report.render(replace(data, gate=Gate(False, ["because of this"]))))
     assert "Not passed. because of this" in page.words
+
+
+def judge_part(**changed):
+    """The part of evaluation.json: sft could not be controlled for length, the rival has a score alone."""
+    verdicts = {
+        "win_rate": {"mean": 0.625, "low": 0.51, "high": 0.74}, "length_effect": 0.3, "not_length_controlled": "",
+        "length_controlled": {"mean": 0.575, "low": 0.46, "high": 0.69}, "tie_rate": 0.25, "flip_rate": 0.125,
+        "first_position_rate": 0.5, "longer_win_rate": None, "pairs": 96, "invalid": 3, "missing": 2,
+    }  # fmt: skip
+    longer = {"length_controlled": None, "not_length_controlled": "every response is longer by 7"}
+    part = {
+        "complete": True, "reason": None, "requests": 432, "against": "reward_only", "responses": 2,
+        "identity": {"kind": "pairwise", "model": "a-judge", "prompt": "pairwise", "prompt_version": 1,
+                     "prompt_digest": "abc123"},
+        "audit": {"passed": True, "reasons": ["kappa: 0.91, as demanded"], "faults": [],
+                  "labelled": {"name": "shipped", "digest": "def456", "pairs": 60}},
+        "models": {"sft": verdicts | longer, "dqo": verdicts},
+        "scores": {},
+    }  # fmt: skip
+    return part | changed
+
+
+def test_judge(data):
+    """The judge's section: rates with intervals, what could not be told and why, the audit, its words."""
+    assert "What the judge says" not in Page(report.render(data)).words
+    said = [Said("Write about a dog.", "B", ("B", "tie"), ("the second is shorter", "both are fine"))]
+    page = Page(report.render(replace(data, judge=judge_part(), said=said)))
+    words = page.words.split("What the judge says", 1)[1].split("Responses side by side")[0]
+    assert "a-judge compared the first 2 responses" in words and "in both orders" in words
+    assert "It has passed its audit on 60 pairs" in words and "kappa: 0.91, as demanded" in words
+    assert "0.62 [0.51, 0.74]" in words and "0.57 [0.46, 0.69]" in words
+    assert "cannot be told: every response is longer by 7" in words
+    assert "3 of 96" in words and "2 of 96" in words and "0.25" in words
+    assert "pairwise, version 1 (abc123)" in words and "432 requests" in words
+    assert "Reward-only RL first order (Reward-only RL): the second is shorter" in words
+    assert "second order (tie): both are fine" in words
+    assert "#judge" in page.attributes("href") and "is not done" not in page.words
+
+
+def test_a_judge_that_is_not_done_or_has_failed_is_said_in_front(data):
+    down = judge_part(complete=False, reason="the judge at h is down")
+    assert (
+        "The judge is not done, so the gate refuses: the judge at h is down."
+        in (Page(report.render(replace(data, judge=down))).words.split("Quality and diversity", 1)[0])
+    )
+    failed = judge_part(audit=judge_part()["audit"] | {"passed": False})
+    page = Page(report.render(replace(data, judge=failed))).words
+    assert "It has not passed its audit, so its verdicts must not decide about a model" in page
+
+
+def test_scores_of_a_judge_are_shown_for_the_rival_too(data):
+    scores = {
+        name: {"score": {"mean": mean, "low": None, "high": None}}
+        for name, mean in (("reward_only", 3.25), ("dqo", 4.5))
+    }
+    page = Page(report.render(replace(data, judge=judge_part(scores=scores)))).words.split("What the judge says", 1)[1]
+    assert "by scores" not in page and "3.25 no interval" in page and "4.50 no interval" in page
+
+
+def test_the_rules_of_the_gate_are_those_of_the_recipe(data):
+    words = Page(report.render(data)).words
+    assert (
+        "lose at most 0.05 in quality; be more diverse, without overlap of the intervals, on all of: Log-volume"
+        in words
+    )
+    gate = data.recipe.gate.model_copy(update={"quality_test": "non_inferior", "max_length_change": 0.2})
+    changed = replace(data, recipe=data.recipe.model_copy(update={"gate": gate}))
+    words = Page(report.render(changed)).words
+    assert "with the whole interval of the paired difference" in words and "change its length by at most 20%" in words
 
 
 def test_health(data):
