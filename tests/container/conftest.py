@@ -8,6 +8,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
+from ipaddress import ip_network
 from pathlib import Path
 
 import docker
@@ -165,7 +166,8 @@ def images(base: str, index: None, buildkit: dict[str, str]) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def server(engine: docker.DockerClient, images: dict[str, str]) -> Iterator[Server]:
     """MLflow in a container of its image, on PostgreSQL and S3 of this machine, at the gateway of Docker's network."""
-    gateway = engine.networks.get("bridge").attrs["IPAM"]["Config"][0]["Gateway"]
+    bridge = engine.networks.get("bridge").attrs["IPAM"]["Config"][0]
+    gateway = bridge.get("Gateway") or str(ip_network(bridge["Subnet"])[1])  # a new engine does not say it
     with serving("--address", gateway, "--without-mlflow") as parts:
         settings = parts.environment["MLFLOW_AUTH_CONFIG_PATH"]
         container = engine.containers.run(
