@@ -45,7 +45,7 @@ images:  ## Build the container images and print their sizes (ENGINE=docker, pod
 	images/build.sh
 
 test-container: install  ## Build the images and run the pipeline in containers; needs Docker, or root and dockerd
-	$(BIN)/pytest -m container -q -s tests/container
+	$(BIN)/pytest -m container -s tests/container
 
 bench: install  ## Measure speed and memory; prints ratios
 	$(BIN)/pytest -m benchmark -s -q

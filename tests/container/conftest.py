@@ -5,12 +5,16 @@ import shutil
 import subprocess
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
+from ipaddress import ip_network
 from pathlib import Path
 
 import docker
 import pytest
-from docker.errors import DockerException, ImageNotFound
+from docker.errors import APIError, ContainerError, DockerException, ImageNotFound
+from services.servers import Server, serving
 
 ROOT = Path(__file__).parents[2]
 BASE = "python:3.11-slim-bookworm"
@@ -65,6 +69,24 @@ def engine() -> Iterator[docker.DockerClient]:
 
 
 @pytest.fixture(scope="session")
+def buildkit(engine: docker.DockerClient) -> dict[str, str]:
+    """Environment in which `docker build` uses BuildKit, where one of the installed programs can.
+
+    Docker's older builder writes the gigabytes of the first stage into an image of their own.
+    """
+    for folder in os.get_exec_path():
+        if not (Path(folder) / "docker").is_file():
+            continue
+        found = {**os.environ, "DOCKER_BUILDKIT": "1", "PATH": f"{folder}:{os.environ['PATH']}"}
+        tried = subprocess.run(
+            ["docker", "build", "-q", "-"], input=b"FROM scratch\nLABEL a=b", env=found, capture_output=True
+        )
+        if tried.returncode == 0:
+            return found
+    return dict(os.environ)
+
+
+@pytest.fixture(scope="session")
 def base(engine: docker.DockerClient, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The base image, or where no registry is in reach, Debian's Python in its place."""
     for name in (BASE, STAND_IN):
@@ -114,11 +136,24 @@ def base(engine: docker.DockerClient, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="session")
-def images(base: str) -> dict[str, str]:
+def index(engine: docker.DockerClient, base: str) -> None:
+    """Skips where a container of the base image cannot be started, or reaches no package index."""
+    ask = ["python", "-m", "pip", "index", "versions", "--retries", "1", "--timeout", "20", "uv"]
+    try:
+        engine.containers.run(base, ask, remove=True, stderr=True)
+    except ContainerError as error:
+        last = error.stderr.decode(errors="replace").strip().splitlines()[-2:]
+        pytest.skip(f"the images cannot be built, since pip in {base} reaches no package index: {' '.join(last)[:300]}")
+    except APIError as error:
+        pytest.skip(f"the Docker engine cannot start a container of {base}: {error.explanation}")
+
+
+@pytest.fixture(scope="session")
+def images(base: str, index: None, buildkit: dict[str, str]) -> dict[str, str]:
     """Names of the images, built from this working tree."""
     built = subprocess.run(
         [ROOT / "images/build.sh", "trainer", "evaluator", "mlflow"],
-        env={**os.environ, "ENGINE": "docker", "BASE": base, "TAG": "test"},
+        env={**buildkit, "ENGINE": "docker", "BASE": base, "TAG": "test"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -126,3 +161,36 @@ def images(base: str) -> dict[str, str]:
     assert built.returncode == 0, built.stdout[-4000:]
     print(built.stdout[built.stdout.rindex("dqo-trainer") :])
     return {name: f"dqo-{name}:test" for name in ("trainer", "evaluator", "mlflow")}
+
+
+@pytest.fixture(scope="session")
+def server(engine: docker.DockerClient, images: dict[str, str]) -> Iterator[Server]:
+    """MLflow in a container of its image, on PostgreSQL and S3 of this machine, at the gateway of Docker's network."""
+    bridge = engine.networks.get("bridge").attrs["IPAM"]["Config"][0]
+    gateway = bridge.get("Gateway") or str(ip_network(bridge["Subnet"])[1])  # a new engine does not say it
+    with serving("--address", gateway, "--without-mlflow") as parts:
+        settings = parts.environment["MLFLOW_AUTH_CONFIG_PATH"]
+        container = engine.containers.run(
+            images["mlflow"],
+            ["mlflow", *parts.arguments, "--host=0.0.0.0", "--port=5000"],
+            environment=parts.environment,
+            mounts=[docker.types.Mount(settings, settings, type="bind", read_only=True)],
+            ports={"5000/tcp": (gateway, None)},
+            detach=True, read_only=True, cap_drop=["ALL"], security_opt=["no-new-privileges"],
+            tmpfs={"/tmp": "mode=1777"},
+        )  # fmt: skip
+        try:
+            container.reload()
+            uri = f"http://{gateway}:{container.ports['5000/tcp'][0]['HostPort']}"
+            end = time.time() + 180
+            while True:
+                try:
+                    assert urllib.request.urlopen(f"{uri}/health", timeout=5).status == 200
+                    break
+                except OSError:
+                    container.reload()
+                    assert container.status == "running" and time.time() < end, container.logs().decode()[-3000:]
+                    time.sleep(0.5)
+            yield replace(parts, uri=uri)
+        finally:
+            container.remove(force=True)

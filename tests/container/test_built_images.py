@@ -42,8 +42,7 @@ def test_an_image_holds_no_tools_and_no_secrets(engine, images, name):
     assert not any(word in told.lower() for word in ("token=", "password=", "secret=", "hf_token"))
 
 
-@pytest.mark.parametrize("name", ["trainer", "evaluator"])
-@pytest.mark.parametrize("user", ["10001", "4711"])
+@pytest.mark.parametrize(("name", "user"), [("trainer", "4711"), ("evaluator", "10001")])
 def test_the_library_works_for_any_user_on_a_read_only_root(engine, images, name, user):
     code = (
         "import torch, trl, matplotlib.pyplot, mlflow, kfp, dqo.stages.evaluate, getpass;"

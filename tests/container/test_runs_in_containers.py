@@ -1,122 +1,157 @@
-"""`dqo run --runner docker`: the whole pipeline in containers, killed, interrupted, unable to start."""
+"""`dqo run --runner docker`: the whole pipeline in containers, killed, continued, interrupted, unable to start."""
 
 import os
 import signal
 import subprocess
 import time
-import urllib.request
-from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import mlflow
+import psycopg2
 import pytest
 from pipeline.tiny_runs import STAGES, command, environment, events, run, runs_of, started, write_recipe
 
-LONG = {"rl": {"steps": 150, "save_every": 5}}
+# Long enough to be killed in the middle.
+LONG = {"rl": {"steps": 30, "save_every": 5}}
 
 
-@pytest.fixture
-def models(tiny_policy, tiny_encoder, tmp_path):
+@dataclass(frozen=True)
+class Call:
+    """What a call of `dqo run` did.
+
+    Attributes:
+        status: Its exit status.
+        printed: Its output.
+        events: What its stages have told.
+        restrictions: Docker's description of the container of a stage.
+        tried: What a command inside of that container was told.
+    """
+
+    status: int
+    printed: str
+    events: list[dict]
+    restrictions: dict
+    tried: str = ""
+
+
+@pytest.fixture(scope="module")
+def models(tiny_policy, tiny_encoder):
     """The tiny models, readable for the containers' user."""
-    for path in (tiny_policy, tiny_encoder):
-        for each in [path, *path.parents]:
-            if each.name.startswith("pytest-"):
-                each.chmod(0o755)
-        path.parent.chmod(0o755)
-        for file in path.rglob("*"):
-            file.chmod(0o755 if file.is_dir() else 0o644)
-    for each in [tmp_path, tmp_path.parent]:
-        each.chmod(0o755)
+    for folder in (tiny_policy, tiny_encoder):
+        for path in [folder, *folder.rglob("*")]:
+            path.chmod(0o755 if path.is_dir() else 0o644)
     return tiny_policy, tiny_encoder
 
 
-@pytest.fixture
-def server(engine, images) -> Iterator[str]:
-    """MLflow in the container of its image, at an address of Docker's network."""
-    container = engine.containers.run(
-        images["mlflow"],
-        ["mlflow", "server", "--host=0.0.0.0", "--port=5000", "--workers=1", "--serve-artifacts", "--allowed-hosts=*",
-         "--backend-store-uri=sqlite:////data/mlflow.db", "--artifacts-destination=/data/artifacts"],
-        detach=True, read_only=True, cap_drop=["ALL"], tmpfs={"/tmp": "mode=1777", "/data": "mode=0700,uid=10001"},
-    )  # fmt: skip
-    try:
-        container.reload()
-        uri = f"http://{container.attrs['NetworkSettings']['IPAddress']}:5000"
-        end = time.time() + 120
-        while True:
-            try:
-                assert urllib.request.urlopen(f"{uri}/health", timeout=5).status == 200
-                break
-            except OSError:
-                assert time.time() < end, container.logs().decode()[-3000:]
-                time.sleep(1)
-        yield uri
-    finally:
-        container.remove(force=True)
+@pytest.fixture(scope="module")
+def pipeline(images, models, server, tmp_path_factory) -> tuple[Path, Path]:
+    """Recipe and folder of the one whole run that several tests look at, tracked by the server."""
+    os.environ.update(server.credentials)  # put back after the module
+    folder = tmp_path_factory.mktemp("pipeline")
+    resources, tracking = {"image": images["trainer"]}, {"uri": server.uri}
+    recipe = write_recipe(folder / "tiny.yaml", *models, resources=resources, tracking=tracking, **LONG)
+    return recipe, folder / "runs"
 
 
-def start(recipe, out) -> subprocess.Popen[str]:
-    """Start a run and wait for a checkpoint of the RL stage."""
+@pytest.fixture(scope="module")
+def killed(engine, pipeline, models) -> Call:
+    """A call whose container was killed while it trained the last variant: Kubeflow goes on with those after it."""
+    recipe, out = pipeline
+    process = start(recipe, out, "rl-dqo")
+    (container,) = ours(engine)
+    look = f"id -u; for each in /usr {models[0]} {out}; do touch $each/x 2>/dev/null && echo $each; done; true"
+    tried = container.exec_run(["bash", "-c", look]).output.decode()
+    (out / "x").unlink(missing_ok=True)
+    container.kill()
+    printed, _ = process.communicate(timeout=120)
+    return Call(process.returncode, printed, events(out), container.attrs, tried)
+
+
+@pytest.fixture(scope="module")
+def finished(engine, pipeline, killed) -> Call:
+    """The call after it, which came to the end."""
+    done = run(*pipeline, "--runner", "docker")
+    return Call(done.returncode, done.stdout + done.stderr, events(pipeline[1])[len(killed.events) :], {})
+
+
+def start(recipe: Path, out: Path, stage: str) -> subprocess.Popen[str]:
+    """Start a run and wait for a checkpoint of a stage."""
     process = subprocess.Popen(
         command("run", recipe, "--out", out, "--runner", "docker"),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(),
     )  # fmt: skip
-    end = time.time() + 300
+    end = time.time() + 450
     while time.time() < end and process.poll() is None:
-        if list(out.glob("workspace/stages/rl-reward_only-*/checkpoints/*/complete")):
+        if list(out.glob(f"workspace/stages/{stage}-*/checkpoints/*/complete")):
             return process
-        time.sleep(0.2)
+        time.sleep(0.1)
     process.kill()
-    pytest.fail(process.communicate()[0])
+    printed = process.communicate()[0]
+    log = "".join(path.read_text(errors="replace")[-3000:] for path in out.glob("*/run.log"))
+    pytest.fail(f"no checkpoint was written:\n{printed}\n{log}")
 
 
 def ours(engine) -> list:
     return engine.containers.list(all=True, filters={"label": "dqo.run"})
 
 
-def test_a_pipeline_runs_in_containers_and_a_server_shows_it(engine, images, models, server, tmp_path):
-    recipe = write_recipe(
-        tmp_path / "tiny.yaml", *models, resources={"image": images["trainer"]}, tracking={"uri": server}
-    )
-    out = tmp_path / "runs"
-    done = run(recipe, out, "--runner", "docker")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert started(events(out)) == STAGES
-    client = mlflow.MlflowClient(server)
-    (experiment,) = [each for each in client.search_experiments() if each.name == "dqo"]
-    seen = {
-        each.data.tags["mlflow.runName"]: each.info.status for each in client.search_runs([experiment.experiment_id])
-    }
-    assert set(seen) >= {"tiny", *STAGES[:-1]} and set(seen.values()) == {"FINISHED"}
-    assert client.get_model_version_by_alias("tiny-stories", "challenger").version == "1"
-    assert server in done.stdout and (out / "workspace").is_dir() and not ours(engine)
-    again = run(recipe, out, "--runner", "docker")
-    assert again.returncode == 0 and started(events(out)) == STAGES, again.stdout + again.stderr
+def test_stages_run_restricted(killed, models, pipeline):
+    config = killed.restrictions
+    host = config["HostConfig"]
+    assert config["Config"]["User"] not in ("", "0:0") and host["ReadonlyRootfs"] and not host["Privileged"]
+    assert host["CapDrop"] == ["ALL"] and host["SecurityOpt"] == ["no-new-privileges"]
+    writable = {each["Destination"] for each in config["Mounts"] if each["RW"]}
+    assert writable == {str(pipeline[1])}
+    assert {str(path) for path in models} <= {each["Destination"] for each in config["Mounts"]}
+    user = config["Config"]["User"].partition(":")[0]
+    assert killed.tried.split() == [user, str(pipeline[1])]  # of three places, only the folder of runs was written
 
 
-def test_a_killed_container_fails_the_run_and_the_next_one_continues(engine, images, models, tmp_path):
-    recipe = write_recipe(tmp_path / "tiny.yaml", *models, resources={"image": images["trainer"]}, **LONG)
-    out = tmp_path / "runs"
-    process = start(recipe, out)
-    (container,) = ours(engine)
-    config = container.attrs
-    assert config["Config"]["User"] != "0:0" and config["HostConfig"]["ReadonlyRootfs"]
-    assert config["HostConfig"]["NetworkMode"] == "none" and config["HostConfig"]["CapDrop"] == ["ALL"]
-    container.kill()
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 2 and "--runner docker" in printed and "Traceback" not in printed.partition("dqo:")[2]
+def test_a_killed_container_fails_the_run(killed):
+    assert killed.status == 2 and "--runner docker" in killed.printed
+    assert "Traceback" not in killed.printed.partition("dqo:")[2]
+    assert started(killed.events) == STAGES[:4]
+    assert [each["stage"] for each in killed.events if each["event"] == "done"] == STAGES[:3]
+
+
+def test_the_next_run_continues_from_the_checkpoint_to_the_end(engine, finished, pipeline):
+    assert finished.status == 0, finished.printed
+    assert started(finished.events) == STAGES[3:]
+    assert any("continuing from checkpoint-" in each.get("message", "") for each in finished.events)
     assert not ours(engine)
-    before = len(events(out))
-    done = run(recipe, out, "--runner", "docker")
-    assert done.returncode == 0, done.stdout + done.stderr
-    again = events(out)[before:]
-    assert started(again) == ["rl-reward_only", "rl-dqo", "evaluate", "register"]
-    assert any("continuing from checkpoint-" in each.get("message", "") for each in again)
+    before = len(events(pipeline[1]))
+    again = run(*pipeline, "--runner", "docker")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert started(events(pipeline[1])[before:]) == []
+
+
+def test_mlflow_on_postgresql_and_s3_shows_the_run(finished, server):
+    assert finished.status == 0 and server.uri in finished.printed, finished.printed
+    client = mlflow.MlflowClient(server.uri)
+    (experiment,) = [each for each in client.search_experiments() if each.name == "dqo"]
+    runs = client.search_runs([experiment.experiment_id])
+    states = {each.data.tags["mlflow.runName"]: each.info.status for each in runs}
+    assert set(states) >= {"tiny", *STAGES[:-1]} and set(states.values()) == {"FINISHED"}
+    model = client.get_model_version_by_alias("tiny-stories", "challenger")
+    assert model.version == "1"
+    # The same without MLflow: rows of the database, objects of the store.
+    names = {"host": "PGHOST", "port": "PGPORT", "dbname": "PGDATABASE", "user": "PGUSER", "password": "PGPASSWORD"}
+    with psycopg2.connect(**{key: server.environment[name] for key, name in names.items()}) as database:
+        cursor = database.cursor()
+        cursor.execute("select name, status from runs")
+        assert dict(cursor.fetchall()) == states
+    stored = [each["Key"] for each in server.s3_client().list_objects_v2(Bucket=server.bucket)["Contents"]]
+    assert any(name.endswith("adapter_model.safetensors") for name in stored)
+    assert any(name.endswith("report.html") for name in stored)
 
 
 def test_ctrl_c_stops_the_containers_and_closes_the_run(engine, images, models, tmp_path):
     recipe = write_recipe(tmp_path / "tiny.yaml", *models, resources={"image": images["trainer"]}, **LONG)
     out = tmp_path / "runs"
-    process = start(recipe, out)
+    process = start(recipe, out, "rl-reward_only")
+    (container,) = ours(engine)
+    assert container.attrs["HostConfig"]["NetworkMode"] == "none"  # MLflow is a file here
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=90)
     assert process.returncode == 130 and "--runner docker" in printed and not ours(engine)
@@ -136,13 +171,13 @@ def test_a_model_that_containers_may_not_read(engine, images, models, tmp_path):
     weights = models[0] / "model.safetensors"
     weights.chmod(0o600)
     recipe = write_recipe(tmp_path / "tiny.yaml", *models, resources={"image": images["trainer"]})
-    done = run(recipe, tmp_path / "runs", "--runner", "docker")
+    try:
+        done = run(recipe, tmp_path / "runs", "--runner", "docker")
+    finally:
+        weights.chmod(0o644)
     assert done.returncode == 2 and f"{weights}: user 10001:10001 of the containers may not read it" in done.stderr
 
 
-def test_a_server_that_containers_cannot_reach(engine, images, models, server, tmp_path):
-    recipe = write_recipe(
-        tmp_path / "tiny.yaml", *models, resources={"image": images["trainer"]}, tracking={"uri": server}
-    )
-    done = run(recipe, tmp_path / "runs", "--runner", "docker", "--network", "none")
+def test_a_server_that_containers_cannot_reach(engine, pipeline, tmp_path):
+    done = run(pipeline[0], tmp_path / "runs", "--runner", "docker", "--network", "none")
     assert done.returncode == 2 and "--network" in done.stderr and "MLflow does not answer" in done.stderr

@@ -1,13 +1,10 @@
 """MLflow in the two forms that teams have: a sqlite file, and a server with passwords on PostgreSQL and S3."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from services.servers import PASSWORD, STACK, USER, Server
+from services.servers import PASSWORD, USER, Server, serving
 
 from dqo import tracking
 from dqo.recipe import Recipe, parse
@@ -22,26 +19,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     """MLflow with passwords on PostgreSQL and SeaweedFS; skips, saying why, where a part is missing."""
-    process = subprocess.Popen(
-        [sys.executable, str(STACK)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # it outlives a kill of the tests' process group long enough to clean up
-    )
-    assert process.stdin and process.stdout and process.stderr
-    try:
-        line = process.stdout.readline()
-        if not line:
-            pytest.fail(f"{STACK.name}: {process.stderr.read()[-4000:]}")
-        answer = json.loads(line)
-        if "missing" in answer:
-            pytest.skip(f"MLflow on PostgreSQL and S3: {answer['missing']} is missing")
-        yield Server(**answer)
-    finally:
-        process.stdin.close()
-        process.wait(timeout=60)
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture(scope="session", params=["sqlite", "server"])

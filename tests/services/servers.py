@@ -1,12 +1,18 @@
 """What the tests of this folder know of the servers, and a line to one that can be cut."""
 
 import contextlib
+import json
 import os
 import socket
+import subprocess
+import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 STACK = Path(__file__).with_name("stack.py")
 USER, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
@@ -23,6 +29,8 @@ class Server:
         s3: Environment variables for the store's S3 interface.
         bucket: Where the artifacts are.
         folder: Holds the servers' logs.
+        arguments: Those of the command `mlflow` that starts such a server, without address and port.
+        environment: The variables that such a server reads.
     """
 
     uri: str
@@ -31,6 +39,8 @@ class Server:
     s3: dict[str, str]
     bucket: str
     folder: str
+    arguments: list[str]
+    environment: dict[str, str]
 
     @property
     def credentials(self) -> dict[str, str]:
@@ -46,6 +56,31 @@ class Server:
             aws_access_key_id=self.s3["AWS_ACCESS_KEY_ID"],
             aws_secret_access_key=self.s3["AWS_SECRET_ACCESS_KEY"],
         )
+
+
+@contextlib.contextmanager
+def serving(*options: str) -> Iterator[Server]:
+    """Start stack.py with options and give its servers, which end with the block; skip where a part is missing."""
+    process = subprocess.Popen(
+        [sys.executable, str(STACK), *options],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # it outlives a kill of the tests' process group long enough to clean up
+    )
+    assert process.stdin and process.stdout and process.stderr
+    try:
+        line = process.stdout.readline()
+        if not line:
+            pytest.fail(f"{STACK.name}: {process.stderr.read()[-4000:]}")
+        answer = json.loads(line)
+        if "missing" in answer:
+            pytest.skip(f"MLflow on PostgreSQL and S3: {answer['missing']} is missing")
+        yield Server(**answer)
+    finally:
+        process.stdin.close()
+        process.wait(timeout=60)
 
 
 class Line:

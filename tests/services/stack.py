@@ -1,6 +1,10 @@
 """MLflow as teams run it: a server with passwords on PostgreSQL and an S3-compatible store, on loopback.
 
     python tests/services/stack.py          # prints one line of JSON: address, user, password; runs until Ctrl-D
+    python tests/services/stack.py --address 172.17.0.1 --without-mlflow
+
+The second form listens on another address of this machine, and says with which environment an MLflow server, such as
+one in a container, finds the database and the store there.
 
 The program is the parent of all three servers and stops them when its standard input ends. So they end with the process
 that holds the other end, however that one ends, a kill included. Should this program itself be killed, the kernel ends
@@ -8,6 +12,7 @@ its children, and the next start ends what is left and removes the folder. The s
 chart (charts/dqo/templates/mlflow).
 """
 
+import argparse
 import contextlib
 import ctypes
 import fcntl
@@ -69,12 +74,12 @@ def check_parts() -> None:
             raise Missing(f"{package} (part of the extra `services`)")
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, all different."""
+def free_ports(count: int, address: str = "127.0.0.1") -> list[int]:
+    """Ports of an address that nobody listens on, all different."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for each in sockets:
-            each.bind(("127.0.0.1", 0))
+            each.bind((address, 0))
         return [each.getsockname()[1] for each in sockets]
     finally:
         for each in sockets:
@@ -90,14 +95,17 @@ def ending(name: str) -> int:
 
 
 class Stack:
-    """The three servers below one private folder."""
+    """The servers below one private folder, listening on one address; without `mlflow`, database and store alone."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, address: str = "127.0.0.1", mlflow: bool = True):
         self.folder = folder
+        self.address = address
+        self.mlflow = mlflow
         self.user = "postgres" if os.geteuid() == 0 else None  # PostgreSQL refuses to run as root
         self.password, self.database_password = secrets.token_urlsafe(16), secrets.token_urlsafe(16)
         self.s3_key, self.s3_secret = secrets.token_hex(10), secrets.token_urlsafe(24)
-        self.mlflow_port, self.database_port, self.s3_port, *self.weed_ports = free_ports(10)
+        self.session_key = secrets.token_hex(16)
+        self.mlflow_port, self.database_port, self.s3_port, *self.weed_ports = free_ports(10, address)
         self.servers: dict[str, subprocess.Popen[bytes]] = {}
         # Of the machine's settings only what programs need to run: no PG*, AWS_* or MLFLOW_* of a developer.
         self.environment = {
@@ -109,13 +117,13 @@ class Stack:
 
     @property
     def s3_endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.s3_port}"
+        return f"http://{self.address}:{self.s3_port}"
 
     @property
     def database_environment(self) -> dict[str, str]:
         """libpq's variables: no password stands in an address."""
         return {
-            "PGHOST": "127.0.0.1",
+            "PGHOST": self.address,
             "PGPORT": str(self.database_port),
             "PGDATABASE": "postgres",
             "PGSSLMODE": "disable",
@@ -165,14 +173,17 @@ class Stack:
             time.sleep(0.1)
 
     def start(self) -> None:
-        """Start all three, the database and the store at once."""
+        """Start all, the database and the store at once."""
         self._start_s3()
         self._start_database()
         self._wait("postgresql", self._database_ready)
-        self._start_mlflow()
+        self._write_auth_settings()
+        if self.mlflow:
+            self._start_mlflow()
         # After MLflow's start: it needs seconds for its imports and the bucket not before the first upload.
         self._make_bucket()
-        self._wait("mlflow", lambda: urllib.request.urlopen(f"{self.uri}/health", timeout=5).status == 200)
+        if self.mlflow:
+            self._wait("mlflow", lambda: urllib.request.urlopen(f"{self.uri}/health", timeout=5).status == 200)
 
     def _start_database(self) -> None:
         data, password = self.folder / "postgresql", self.folder / "postgresql-password"
@@ -190,10 +201,12 @@ class Stack:
             )  # fmt: skip
         if made.returncode:
             raise RuntimeError(f"initdb failed:\n{(self.folder / 'initdb.log').read_text()[-3000:]}")
+        with (data / "pg_hba.conf").open("a") as rules:  # initdb lets loopback in alone
+            rules.write("host all all samenet scram-sha-256\n")
         self._start(
             "postgresql",
-            [postgresql("postgres"), "-D", str(data), "-p", str(self.database_port), "-c", "listen_addresses=127.0.0.1",
-             "-c", "unix_socket_directories=", "-c", "fsync=off"],
+            [postgresql("postgres"), "-D", str(data), "-p", str(self.database_port), "-c",
+             f"listen_addresses={self.address}", "-c", "unix_socket_directories=", "-c", "fsync=off"],
             user=self.user,
         )  # fmt: skip
 
@@ -218,8 +231,8 @@ class Stack:
         )  # fmt: skip
         options = {
             "dir": self.folder / "seaweedfs",
-            "ip": "127.0.0.1",
-            "ip.bind": "127.0.0.1",
+            "ip": self.address,
+            "ip.bind": self.address,
             "s3.port": self.s3_port,
             **ports,
             "s3.port.iceberg": 0,
@@ -263,31 +276,45 @@ class Stack:
 
     @property
     def uri(self) -> str:
-        return f"http://127.0.0.1:{self.mlflow_port}"
+        return f"http://{self.address}:{self.mlflow_port}"
 
-    def _start_mlflow(self) -> None:
-        """The container of the chart's Deployment, with passwords on, PostgreSQL and S3."""
+    @property
+    def mlflow_environment(self) -> dict[str, str]:
+        """What the server reads: the chart's variables, with passwords on, PostgreSQL and S3."""
+        return {
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_SERVER_ALLOWED_HOSTS": f"{self.address}:*,localhost:*",
+            "MLFLOW_AUTH_CONFIG_PATH": str(self.folder / "basic_auth.ini"),
+            "MLFLOW_AUTH_ADMIN_USERNAME": ADMIN,
+            "MLFLOW_AUTH_ADMIN_PASSWORD": self.password,
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": self.session_key,
+            **self.database_environment,
+            **self.s3_environment,
+        }
+
+    @property
+    def mlflow_arguments(self) -> list[str]:
+        """The command `mlflow` of the chart's Deployment, but for address and port."""
+        return [
+            "server", "--workers=1", "--backend-store-uri=postgresql+psycopg2://",
+            f"--artifacts-destination=s3://{BUCKET}/artifacts", "--serve-artifacts", "--app-name=basic-auth",
+        ]  # fmt: skip
+
+    def _write_auth_settings(self) -> None:
         (self.folder / "basic_auth.ini").write_text(
             "[mlflow]\n"
             "default_permission = READ\n"
             "database_uri = postgresql+psycopg2://\n"
             "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
         )
+        (self.folder / "basic_auth.ini").chmod(0o644)  # a container's user reads it
+
+    def _start_mlflow(self) -> None:
+        here = [f"--host={self.address}", f"--port={self.mlflow_port}"]
         self._start(
-            "mlflow",
-            [sys.executable, "-m", "mlflow", "server", "--host=127.0.0.1", f"--port={self.mlflow_port}", "--workers=1",
-             "--backend-store-uri=postgresql+psycopg2://", f"--artifacts-destination=s3://{BUCKET}/artifacts",
-             "--serve-artifacts", "--app-name=basic-auth"],
-            MLFLOW_DISABLE_TELEMETRY="true",
-            MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
-            MLFLOW_SERVER_ALLOWED_HOSTS="127.0.0.1:*,localhost:*",
-            MLFLOW_AUTH_CONFIG_PATH=str(self.folder / "basic_auth.ini"),
-            MLFLOW_AUTH_ADMIN_USERNAME=ADMIN,
-            MLFLOW_AUTH_ADMIN_PASSWORD=self.password,
-            MLFLOW_FLASK_SERVER_SECRET_KEY=secrets.token_hex(16),
-            **self.database_environment,
-            **self.s3_environment,
-        )  # fmt: skip
+            "mlflow", [sys.executable, "-m", "mlflow", *self.mlflow_arguments, *here], **self.mlflow_environment
+        )
 
     def description(self) -> dict[str, Any]:
         """What a client needs, and where the logs are."""
@@ -298,6 +325,8 @@ class Stack:
             "s3": self.s3_environment,
             "bucket": BUCKET,
             "folder": str(self.folder),
+            "arguments": self.mlflow_arguments,
+            "environment": self.mlflow_environment,
         }
 
     def stop(self) -> None:
@@ -329,14 +358,14 @@ def sweep() -> None:
 
 
 @contextlib.contextmanager
-def running() -> Iterator[Stack]:
+def running(address: str, mlflow: bool) -> Iterator[Stack]:
     """Start a stack in a private folder; stop it and remove the folder afterwards."""
     sweep()
     folder = Path(tempfile.mkdtemp(prefix=PREFIX))
     lock = (folder / "lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
     folder.chmod(0o711)  # PostgreSQL's user passes through
-    stack = Stack(folder)
+    stack = Stack(folder, address, mlflow)
     try:
         stack.start()
         yield stack
@@ -347,6 +376,11 @@ def running() -> Iterator[Stack]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="MLflow on PostgreSQL and an S3-compatible store")
+    parser.add_argument("--address", default="127.0.0.1", help="address of this machine to listen on")
+    parser.add_argument("--without-mlflow", action="store_true", help="start the database and the store alone")
+    options = parser.parse_args()
+
     def leave(number: int, frame: object) -> None:
         sys.exit(128 + number)
 
@@ -358,7 +392,7 @@ def main() -> None:
         print(json.dumps({"missing": str(reason)}), flush=True)
         return
     try:
-        with running() as stack:
+        with running(options.address, not options.without_mlflow) as stack:
             print(json.dumps(stack.description()), flush=True)
             sys.stdin.read()
     except RuntimeError as error:
