@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 from dqo import __version__
@@ -21,6 +21,9 @@ from dqo.errors import DQOError
 from dqo.files import write_text
 from dqo.mlflow_errors import in_words, public, reason, refused
 from dqo.recipe import Recipe
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 # MLflow reads these once, at import; an unreachable server must fail in seconds, before anything is trained.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -100,6 +103,24 @@ def _unreachable(uri: str, why: str, setting: str, done: str) -> str:
         f"{setting} {public(uri)!r}: MLflow does not answer ({why}); start it, correct {setting} or "
         f"MLFLOW_TRACKING_URI, or leave both out for a local sqlite store. Nothing was {done}."
     )
+
+
+def client_of(uri: str, done: str) -> "MlflowClient":
+    """Point MLflow at the store that a command was given; returns its client.
+
+    Args:
+        uri: Where it should be.
+        done: What has not been done where it does not answer; ends the message.
+
+    Raises:
+        DQOError: As `check_reachable`.
+    """
+    check_reachable(uri, "--uri", done)
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    return mlflow.MlflowClient()
 
 
 def connect(recipe: Recipe, uri: str) -> str:
