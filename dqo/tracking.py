@@ -105,17 +105,18 @@ def _unreachable(uri: str, why: str, setting: str, done: str) -> str:
     )
 
 
-def client_of(uri: str, done: str) -> "MlflowClient":
+def client_of(uri: str, done: str, setting: str = "--uri") -> "MlflowClient":
     """Point MLflow at the store that a command was given; returns its client.
 
     Args:
         uri: Where it should be.
         done: What has not been done where it does not answer; ends the message.
+        setting: What the user corrects.
 
     Raises:
         DQOError: As `check_reachable`.
     """
-    check_reachable(uri, "--uri", done)
+    check_reachable(uri, setting, done)
     import mlflow
 
     mlflow.set_tracking_uri(uri)
@@ -165,6 +166,33 @@ def _experiment(recipe: Recipe, uri: str) -> str:
             f"tracking.experiment {recipe.tracking.experiment!r}: deleted in MLflow; restore it or name another one"
         )
     return experiment.experiment_id
+
+
+def check_registered_name(client: "MlflowClient", name: str) -> bool:
+    """Find out before anything is trained whether a name in the model registry is free, or already ours.
+
+    Returns:
+        Whether there is a registered model of this name.
+
+    Raises:
+        DQOError: If it belongs to a prompt, or to models that other programs have made.
+    """
+    from mlflow.exceptions import MlflowException
+
+    taken = f"registry.name {name!r}: taken in MLflow by {{}}; give another name"
+    try:
+        client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        if client.get_prompt(name) is not None:  # prompts share the names, and are not found as models
+            raise DQOError(taken.format("a prompt")) from None
+        return False
+    versions = client.search_model_versions(f"name = '{name}'")
+    if versions and not any(KEY_TAG in version.tags for version in versions):
+        numbers = ", ".join(sorted((str(version.version) for version in versions), key=int)[:5])
+        raise DQOError(taken.format(f"models of another program (versions {numbers}; dqo has made none of them)"))
+    return True
 
 
 def finished_run(recipe: Recipe, experiment_id: str, data_digest: str) -> str | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from dqo import tracking
 from dqo.errors import DQOError
+from dqo.mlflow_errors import in_words
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -146,13 +147,14 @@ def registered_model(client: "MlflowClient", given: str, name: str) -> "Register
     """
     from mlflow.exceptions import MlflowException
 
-    try:
-        return client.get_registered_model(name)
-    except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise  # it does not answer, or does not allow this: not a matter of the name
-        names = ", ".join(one.name for one in client.search_registered_models(max_results=LISTED)) or "none"
-        raise DQOError(f"{given}: MLflow knows no registered model {name!r}; registered are: {names}") from None
+    with in_words(f"look up the registered model {name!r}"):
+        try:
+            return client.get_registered_model(name)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise  # it does not answer, or does not allow this: not a matter of the name
+            names = ", ".join(one.name for one in client.search_registered_models(max_results=LISTED)) or "none"
+            raise DQOError(f"{given}: MLflow knows no registered model {name!r}; registered are: {names}") from None
 
 
 def version_of(client: "MlflowClient", given: str, name: str) -> "ModelVersion":
