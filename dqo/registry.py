@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -76,12 +78,18 @@ def _with_readme(checkpoint: Path, readme: str | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "checkpoint"
-        folder.mkdir()
-        for path in checkpoint.iterdir():
-            if path.name != "README.md":  # peft writes one with nothing in it
-                (folder / path.name).symlink_to(path.resolve())
+        shutil.copytree(checkpoint, folder, copy_function=_link)
+        (folder / "README.md").unlink(missing_ok=True)  # peft writes one with nothing in it; a link, so not written to
         (folder / "README.md").write_text(readme, encoding="utf-8")
         yield folder
+
+
+def _link(source: str, target: str) -> None:
+    """Link a file, or copy it where the two are on different file systems. MLflow takes no symbolic links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 @in_words("attach the evaluation to the model")

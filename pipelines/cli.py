@@ -147,6 +147,19 @@ def _parser() -> argparse.ArgumentParser:
     _add_store(rollback)
     rollback.add_argument("--why", default="", metavar="REASON", help="reason, for the trail")
     rollback.set_defaults(run=_rollback)
+    generate = commands.add_parser("generate", help="let a registered model respond: a group, its quality and volume")
+    generate.add_argument("model", help="NAME/3, NAME@alias, NAME for its champion, or a checkpoint's folder")
+    generate.add_argument("prompt", nargs="?", help="what it is to respond to")
+    generate.add_argument("-n", type=int, default=8, help="responses (8)")
+    generate.add_argument("--row", metavar="JSON", help="a row of the model's task, instead of the prompt")
+    generate.add_argument("--seed", type=int, default=0, help="seed of the draws (0)")
+    generate.add_argument("--temperature", type=float, help="softmax temperature (that of the evaluation)")
+    generate.add_argument("--top-p", type=float, help="nucleus (that of the evaluation)")
+    generate.add_argument("--max-new-tokens", type=int, help="longest response, in tokens (that of the evaluation)")
+    generate.add_argument("--recipe", type=Path, help="recipe of task, reward and encoder (the model's own)")
+    generate.add_argument("--json", type=Path, help="file to write, .json")
+    _add_store(generate)
+    generate.set_defaults(run=_generate)
 
     ui = commands.add_parser("ui", help="open MLflow's page on the local runs")
     ui.add_argument("--out", type=Path, default=Path(_OUT), help=f"folder given to `dqo run` ({_OUT})")
@@ -385,6 +398,14 @@ def _rollback(arguments: argparse.Namespace) -> int:
     from pipelines import models
 
     return models.rollback(arguments.name, arguments.why, arguments.out, arguments.uri)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from pipelines import generate
+
+    given = vars(arguments)
+    del given["run"]
+    return generate.run(generate.Asked(**given))
 
 
 def _ui(arguments: argparse.Namespace) -> int:

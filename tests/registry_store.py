@@ -54,7 +54,7 @@ class Registry:
             self.evaluation_run = self.run("evaluate", parent, "evaluate")
             self.client.log_text(self.evaluation_run, json.dumps(evaluation), "evaluation/evaluation.json")
         made = self.client.create_model_version(
-            self.name, "file:///nowhere", trained, tags={tracking.KEY_TAG: trained, **tags}
+            self.name, "s3://nowhere/model", trained, tags={tracking.KEY_TAG: trained, **tags}
         )
         return str(made.version)
 

@@ -80,6 +80,18 @@ def locate(client: "MlflowClient", given: str, run: "Run") -> Located:
     Raises:
         DQOError: If the run is not one of a pipeline, or the pipeline has not been evaluated.
     """
+    stage, parent = run.data.tags.get(tracking.STAGE_TAG), pipeline_of(client, given, run)
+    own = stage in ("sft", "rl", "model")
+    trained = run.data.tags.get(_NAME_TAG, "").removeprefix("rl-") if own else DEFAULT_MODEL
+    return Located(run if stage == "evaluate" else evaluation_of(client, given, parent), parent, trained)
+
+
+def pipeline_of(client: "MlflowClient", given: str, run: "Run") -> "Run":
+    """The pipeline's run that a run belongs to, or is.
+
+    Raises:
+        DQOError: If it belongs to none.
+    """
     stage = run.data.tags.get(tracking.STAGE_TAG)
     above = run.data.tags.get(tracking.PARENT_TAG)
     parent = run if stage == "pipeline" else None
@@ -90,9 +102,7 @@ def locate(client: "MlflowClient", given: str, run: "Run") -> Located:
             f"{given}: the run {run.info.run_name!r} ({stage or 'of another program'}) is not one of a pipeline and "
             f"has no evaluation; {_runs_there(client)}"
         )
-    own = stage in ("sft", "rl", "model")
-    trained = run.data.tags.get(_NAME_TAG, "").removeprefix("rl-") if own else DEFAULT_MODEL
-    return Located(run if stage == "evaluate" else evaluation_of(client, given, parent), parent, trained)
+    return parent
 
 
 def evaluation_of(client: "MlflowClient", given: str, parent: "Run") -> "Run":
