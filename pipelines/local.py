@@ -113,8 +113,9 @@ def start(recipe: Recipe, folder: RunFolder, fresh: bool, docker: Docker | None 
     from dqo.bundled import identity
     from dqo.data import source_fingerprint
     from dqo.distributed import require_machine
+    from dqo.mlflow_errors import in_words
     from dqo.tasks import get_task
-    from dqo.tracking import check_reachable
+    from dqo.tracking import check_registered_name, client_of
     from pipelines.pipeline import compile_recipe
 
     task = get_task(recipe.task)
@@ -129,7 +130,9 @@ def start(recipe: Recipe, folder: RunFolder, fresh: bool, docker: Docker | None 
         if section.model is not None
     ]
     uri = tracking_uri(recipe, folder.root)
-    check_reachable(uri)
+    client = client_of(uri, "trained", "tracking.uri")
+    with in_words(f"look up the registered model {recipe.registry.name!r}"):
+        check_registered_name(client, recipe.registry.name)
     containers = None
     if docker is not None:
         from pipelines.containers import prepare

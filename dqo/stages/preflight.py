@@ -204,6 +204,7 @@ def _tracking(context: Context) -> str:
 
     experiment = tracking.connect(context.recipe, context.mlflow_uri)
     client = mlflow.MlflowClient()
+    tracking.check_registered_name(client, context.recipe.registry.name)
     public = tracking.public(context.mlflow_uri)
     token = uuid.uuid4().hex
     try:

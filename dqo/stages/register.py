@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dqo import registry, tracking
+from dqo import model_card, registry, tracking
 from dqo.errors import DQOError
+from dqo.evaluation import runs
 from dqo.files import write_text
+from dqo.mlflow_errors import in_words
 from dqo.policy import CheckpointCard, weights_digest
+from dqo.recipe import Recipe
 from dqo.stages.context import Context, running, stage_key
 
 
@@ -57,14 +60,24 @@ def run(
                     "dqo.weights_digest": weights_digest(checkpoint),
                     "dqo.alpha": recipe.method.alpha,
                     "dqo.k": recipe.method.k,
+                    "dqo.evaluated_on": evaluated_on(recipe, result),
                 }
                 if card.stopped is not None:
                     tags["dqo.stopped"] = card.stopped["reason"]
                 means = {
                     name: m["mean"] for name, m in result["models"]["dqo"]["metrics"].items() if m["mean"] is not None
                 }
-                uri = registry.log_model(card.mlflow_run_id, checkpoint, recipe.registry.name)
-                version, aliases = registry.register(recipe.registry.name, card.mlflow_run_id, uri, tags, means, gate)
+                evaluated = _evaluation_run(context)
+                readme = model_card.render(recipe, card, result)
+                uri = registry.log_model(card.mlflow_run_id, checkpoint, recipe.registry.name, readme)
+                if evaluated is not None:
+                    tags["dqo.evaluation_mlflow_run"] = evaluated
+                    registry.attach_metrics(uri, evaluated, result["models"]["dqo"]["metrics"], recipe.task,
+                                            result["data_digest"])  # fmt: skip
+                report = f"runs:/{evaluated}/evaluation/evaluation.json" if evaluated else ""
+                version, aliases = registry.register(
+                    recipe.registry.name, card.mlflow_run_id, uri, tags, means, gate, report
+                )
                 output = folder.fresh_output()
                 document = {
                     "name": recipe.registry.name,
@@ -84,6 +97,23 @@ def run(
         pipeline.tags({"mlflow.note.content": _note(document)})
         pipeline.finish()
         write_text(registration, json.dumps(document, indent=2) + "\n")
+
+
+def _evaluation_run(context: Context) -> str | None:
+    """The MLflow run of this pipeline's evaluation; `None` where MLflow has lost it."""
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    try:
+        with in_words("find the evaluation"):
+            return str(runs.evaluation_of(client, "register", client.get_run(context.parent_run_id)).info.run_id)
+    except DQOError:
+        return None
+
+
+def evaluated_on(recipe: Recipe, result: dict[str, Any]) -> str:
+    """What an evaluation was made on, in words: versions of which these are equal can be compared by their means."""
+    return f"{recipe.task} {result['data_digest'][:8]}, {result['prompts']} prompts x {result['n']}"
 
 
 def _note(document: dict[str, Any]) -> str:

@@ -1,10 +1,11 @@
 """MLflow in the two forms that teams have: a sqlite file, and a server with passwords on PostgreSQL and S3."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from services.servers import PASSWORD, USER, Server, serving
+from services.servers import PASSWORD, SECRET, USER, Server, serving
 
 from dqo import tracking
 from dqo.recipe import Recipe, parse
@@ -80,3 +81,29 @@ def recipe(request: pytest.FixtureRequest) -> Recipe:
 def parent(mlflow_uri: str, recipe: Recipe, tmp_path: Path) -> str:
     """A pipeline's run in each kind of store."""
     return tracking.open_parent(recipe, tracking.connect(recipe, mlflow_uri), tmp_path / "workspace")
+
+
+@pytest.fixture
+def user(administrator: Server, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A user who may read what others have made, and nothing else."""
+    from mlflow.server.auth.client import AuthServiceClient
+
+    name = request.node.originalname[:40]
+    AuthServiceClient(administrator.uri).create_user(name, SECRET)
+    return name
+
+
+@pytest.fixture
+def read_only_s3(administrator: Server) -> Iterator[Server]:
+    client = administrator.s3_client()
+    denied = {
+        "Effect": "Deny",
+        "Principal": "*",
+        "Action": "s3:PutObject",
+        "Resource": f"arn:aws:s3:::{administrator.bucket}/*",
+    }
+    client.put_bucket_policy(
+        Bucket=administrator.bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [denied]})
+    )
+    yield administrator
+    client.delete_bucket_policy(Bucket=administrator.bucket)

@@ -16,6 +16,13 @@ import pytest
 
 STACK = Path(__file__).with_name("stack.py")
 USER, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
+SECRET = "correct horse battery staple"
+"""Password of the users that tests make."""
+
+
+def act_as(monkeypatch: pytest.MonkeyPatch, user: str, password: str) -> None:
+    monkeypatch.setenv(USER, user)
+    monkeypatch.setenv(PASSWORD, password)
 
 
 @dataclass(frozen=True)

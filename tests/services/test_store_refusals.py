@@ -1,39 +1,19 @@
 """A server that does not let us in, goes away, or cannot store files: a message in words, and a way on."""
 
-import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
 import mlflow
 import pytest
 from pipeline.tiny_runs import command, environment, write_recipe
-from services.servers import PASSWORD, USER, Line, Server
+from services.servers import PASSWORD, SECRET, USER, Line, Server, act_as
 
 from dqo import registry, tracking
 from dqo.errors import DQOError
 from dqo.recipe import Recipe
-
-SECRET = "correct horse battery staple"
-
-
-def act_as(monkeypatch: pytest.MonkeyPatch, user: str, password: str) -> None:
-    monkeypatch.setenv(USER, user)
-    monkeypatch.setenv(PASSWORD, password)
-
-
-@pytest.fixture
-def user(administrator: Server, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A user who may read what others have made, and nothing else."""
-    from mlflow.server.auth.client import AuthServiceClient
-
-    name = request.node.originalname[:40]
-    AuthServiceClient(administrator.uri).create_user(name, SECRET)
-    return name
-
 
 # --- who is not let in ---
 
@@ -159,22 +139,6 @@ def test_a_server_that_goes_away_in_a_stage_stops_it_and_the_next_call_continues
 
 
 # --- a store that takes no files ---
-
-
-@pytest.fixture
-def read_only_s3(administrator: Server) -> Iterator[Server]:
-    client = administrator.s3_client()
-    denied = {
-        "Effect": "Deny",
-        "Principal": "*",
-        "Action": "s3:PutObject",
-        "Resource": f"arn:aws:s3:::{administrator.bucket}/*",
-    }
-    client.put_bucket_policy(
-        Bucket=administrator.bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [denied]})
-    )
-    yield administrator
-    client.delete_bucket_policy(Bucket=administrator.bucket)
 
 
 def attempts(run: tracking.Run, tmp_path: Path) -> dict[str, object]:
