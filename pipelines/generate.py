@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,7 @@ def _sampling(settings: Sampling, given: dict[str, Any]) -> Sampling:
 def _respond(asked: Asked, recipe: Recipe | None, given: dict[str, Any], place: Path) -> dict[str, Any]:
     folder = Path(asked.model)
     client = None if folder.is_dir() else tracking.client_of(stores.require(asked.out, asked.uri), "generated")
+    _quiet()
     from dqo import inference
 
     origin = inference.from_folder(folder) if client is None else inference.from_registry(client, asked.model, place)
@@ -110,6 +112,20 @@ def _respond(asked: Asked, recipe: Recipe | None, given: dict[str, Any], place: 
         "quality_unmeasured": group.unmeasured or None,
         "log_volume": group.log_volume,
     }
+
+
+def _quiet() -> None:
+    """Keep the libraries' progress bars and advice out of what is to be read."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", message=".*type hints.*", category=UserWarning, module="mlflow")
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
 
 
 def _show(console: Console, document: dict[str, Any]) -> None:
