@@ -4,6 +4,7 @@ import json
 import math
 import os
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,9 @@ def _respond(asked: Asked, recipe: Recipe | None, given: dict[str, Any], place: 
     folder = Path(asked.model)
     client = None if folder.is_dir() else tracking.client_of(stores.require(asked.out, asked.uri), "generated")
     _quiet()
-    from dqo import inference
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow advises on the hints of serving.py, which leaves them out on purpose
+        from dqo import inference
 
     origin = inference.from_folder(folder) if client is None else inference.from_registry(client, asked.model, place)
     model = inference.TrainedModel(origin.checkpoint, recipe or origin.recipe, origin.data)
@@ -117,14 +120,12 @@ def _respond(asked: Asked, recipe: Recipe | None, given: dict[str, Any], place: 
 def _quiet() -> None:
     """Keep the libraries' progress bars and advice out of what is to be read."""
     import logging
-    import warnings
 
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    warnings.filterwarnings("ignore", message=".*type hints.*", category=UserWarning, module="mlflow")
     logging.getLogger("mlflow").setLevel(logging.WARNING)
 
 
