@@ -132,12 +132,10 @@ class TrainedModel:
         task = get_task(self.recipe.task)
         if not isinstance(row, dict):
             raise DQOError(f"--row: expected a JSON object with {_fields(task)}, got {type(row).__name__}")
-        row = {"references": [], **row}
-        if problem := task.check(row):
+        # What references are good for differs: a reward that needs them says so later.
+        if problem := task.check({"references": ["any"], **row}):
             raise DQOError(f"--row: {problem}; expected a row of task {task.name!r} with {_fields(task)}")
         messages = task.prompt(row)
-        if rewards.kind(self.recipe, task) == "reference_similarity" and not row["references"]:
-            return Request(messages, None, "the reward is similarity to references, and the row holds no `references`")
         return Request(messages, {**row, "prompt": messages})
 
     def respond(self, request: Request, n: int, sampling: Sampling, seed: int) -> Group:
@@ -159,7 +157,12 @@ class TrainedModel:
         qualities, unmeasured = None, request.unknown
         if self.recipe is not None and request.row is not None:
             reward = rewards.build(self.recipe, get_task(self.recipe.task), default_device(), encoder)
-            qualities = rewards.score(reward, texts, [request.row] * n)
+            try:
+                qualities = rewards.score(reward, texts, [request.row] * n)
+            except KeyError as error:
+                if error.args != ("references",):
+                    raise
+                unmeasured = "the reward needs `references`, and the row holds none"
         return Group(
             request.messages[-1]["content"], responses, qualities, unmeasured,
             float(log_volume(vectors[None])[0]), leave_one_out_bonus(vectors).tolist(),

@@ -112,7 +112,7 @@ def _results(recipe: Recipe, card: CheckpointCard, document: Mapping[str, Any]) 
 
 def _what(recipe: Recipe, card: CheckpointCard, base: str | None) -> str:
     form = "A LoRA adapter for" if card.weights == "adapter" else "A model trained from"
-    named = f"[{base}](https://huggingface.co/{base})" if base is not None else "a model of its makers' own"
+    named = f"[{base}](https://huggingface.co/{base})" if base is not None else "a local base model"
     known = origin(card.base_model)
     note = f" {known.note}" if known is not None and known.note else ""
     return (
@@ -134,7 +134,7 @@ def _training(recipe: Recipe, card: CheckpointCard) -> str:
         "steps": f"{recipe.sft.steps} of SFT, {card.steps} of RL",
         "alpha (nats to quality), k": f"{method.alpha:g}, {method.k}",
         "score, advantage": f"{method.score}, {method.advantage}",
-        "reward": recipe.reward.kind,
+        "reward": _reward(recipe),
         "encoder": encoder,
         "seed": str(recipe.seed),
         "base revision": f"`{card.base_revision}`" if card.base_revision else "not pinned",
@@ -144,6 +144,13 @@ def _training(recipe: Recipe, card: CheckpointCard) -> str:
     if card.stopped is not None:
         table += f"\n\nTraining was stopped by a health rule: {card.stopped['reason']}"
     return table
+
+
+def _reward(recipe: Recipe) -> str:
+    from dqo import rewards
+    from dqo.tasks import get_task
+
+    return rewards.kind(recipe, get_task(recipe.task))
 
 
 def _evaluation(recipe: Recipe, document: Mapping[str, Any]) -> str:
@@ -202,7 +209,7 @@ def _loading(recipe: Recipe, card: CheckpointCard, base: str | None) -> str:
 
 def _limits(recipe: Recipe) -> str:
     return (
-        f'"Quality" is the reward of the recipe (`{recipe.reward.kind}` on the task `{recipe.task}`) and nothing more; '
+        f'"Quality" is the reward of the recipe (`{_reward(recipe)}` on the task `{recipe.task}`) and nothing more; '
         "log-volume is a property of the encoder's embeddings. Both can be gamed: read responses before relying on "
         "them. The figures are of one training run and of prompts like these. The model has the limits and biases of "
         "its base model."

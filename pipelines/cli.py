@@ -403,9 +403,8 @@ def _rollback(arguments: argparse.Namespace) -> int:
 def _generate(arguments: argparse.Namespace) -> int:
     from pipelines import generate
 
-    given = vars(arguments)
-    del given["run"]
-    return generate.run(generate.Asked(**given))
+    fields = generate.Asked.__dataclass_fields__
+    return generate.run(generate.Asked(**{name: getattr(arguments, name) for name in fields}))
 
 
 def _ui(arguments: argparse.Namespace) -> int:

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +85,10 @@ def _sampling(settings: Sampling, given: dict[str, Any]) -> Sampling:
 def _respond(asked: Asked, recipe: Recipe | None, given: dict[str, Any], place: Path) -> dict[str, Any]:
     folder = Path(asked.model)
     client = None if folder.is_dir() else tracking.client_of(stores.require(asked.out, asked.uri), "generated")
-    from dqo import inference
+    _quiet()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow advises on the hints of serving.py, which leaves them out on purpose
+        from dqo import inference
 
     origin = inference.from_folder(folder) if client is None else inference.from_registry(client, asked.model, place)
     model = inference.TrainedModel(origin.checkpoint, recipe or origin.recipe, origin.data)
@@ -110,6 +115,18 @@ def _respond(asked: Asked, recipe: Recipe | None, given: dict[str, Any], place: 
         "quality_unmeasured": group.unmeasured or None,
         "log_volume": group.log_volume,
     }
+
+
+def _quiet() -> None:
+    """Keep the libraries' progress bars and advice out of what is to be read."""
+    import logging
+
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
 
 
 def _show(console: Console, document: dict[str, Any]) -> None:

@@ -228,11 +228,14 @@ def _figures(client: "MlflowClient", version: "ModelVersion") -> dict[str, dict[
     from mlflow.exceptions import MlflowException
 
     found: dict[str, dict[str, float]] = {}
+    source = version.source or ""
+    model_id = version.model_id or (source.removeprefix("models:/") if source.startswith("models:/m-") else None)
     try:
-        logged = client.get_logged_model(version.model_id).metrics if version.model_id else None
+        logged = client.get_logged_model(model_id).metrics if model_id else None
     except MlflowException:  # deleted
         logged = None
-    for metric in sorted(logged or [], key=lambda one: one.timestamp):
+    # MLflow adds those of the training run by itself, without the data; ours name it, and come last.
+    for metric in sorted(logged or [], key=lambda one: (one.dataset_digest is not None, one.timestamp)):
         name, kind = metric.key.removeprefix("eval/"), "mean"
         for bound in ("low", "high"):
             if name.endswith(f"_{bound}"):

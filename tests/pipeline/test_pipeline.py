@@ -8,6 +8,7 @@ from pathlib import Path
 import mlflow
 import pandas
 import pytest
+from huggingface_hub import ModelCard
 from pipeline.tiny_runs import (
     GOLDEN,
     ROOT,
@@ -116,6 +117,52 @@ def test_the_registered_model_generates(finished):
     groups = model.predict(prompts, params=settings)
     assert [len(group) for group in groups] == [3, 3]
     assert groups == model.predict(prompts, params=settings)
+
+
+def test_the_registered_model_carries_its_card_and_figures(finished):
+    out, recipe, _ = finished
+    store = f"sqlite:///{out}/mlflow.db"
+    client, runs = mlflow.MlflowClient(store, store), runs_of(out)
+    version = client.get_model_version_by_alias("tiny-stories", "challenger")
+    assert version.tags["dqo.evaluation_mlflow_run"] == runs["evaluate"].info.run_id
+    digest = version.tags["dqo.data_digest"]
+    assert version.tags["dqo.evaluated_on"] == f"story {digest[:8]}, 6 prompts x 4"
+    logged = client.get_logged_model(version.source.removeprefix("models:/"))
+    figures = {metric.key: metric for metric in logged.metrics if metric.dataset_digest}
+    assert {(metric.dataset_name, metric.dataset_digest) for metric in figures.values()} == {("story", digest[:36])}
+    means = runs["rl-dqo"].data.metrics
+    for name in ("eval/log_volume", "eval/log_volume_low", "eval/log_volume_high"):
+        assert figures[name].value == pytest.approx(means[name])
+    mlflow.set_tracking_uri(store)
+    folder = Path(mlflow.artifacts.download_artifacts(f"models:/tiny-stories/{version.version}"))
+    card = ModelCard.load(folder / "artifacts" / "checkpoint" / "README.md")
+    assert card.data.model_name == "tiny-stories" and load(recipe).digest in card.text
+    (trained,) = out.glob("workspace/stages/rl-dqo-*/output")
+    assert not (trained / "README.md").is_file() or "tiny-stories" not in (trained / "README.md").read_text()
+
+
+def test_the_version_is_promoted_by_force_used_and_shown(finished, tmp_path):
+    """After training, the commands a team would type."""
+    out, _, _ = finished
+
+    def dqo(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command(*words, "--out", out), capture_output=True, text=True, timeout=300, env=environment()
+        )
+
+    refused = dqo("promote", "tiny-stories", "challenger")
+    assert refused.returncode == 1 and "Gate not passed: no version is champion." in refused.stdout, refused.stderr
+    forced = dqo("promote", "tiny-stories", "1", "--force", "the only one there is")
+    assert forced.returncode == 0 and "tiny-stories version 1 is champion by force." in forced.stdout, forced.stderr
+    file = tmp_path / "group.json"
+    spoken = dqo("generate", "tiny-stories", "--row", '{"concepts": ["dog", "ball"]}', "-n", "3", "--json", str(file))
+    assert spoken.returncode == 0 and spoken.stderr == "", spoken.stderr
+    group = json.loads(file.read_text())
+    assert group["model"] == "tiny-stories/1" and len(group["responses"]) == 3 and group["quality"] is not None
+    shown = dqo("models", "tiny-stories").stdout
+    (line,) = [line for line in shown.splitlines() if line.startswith("1 ")]
+    assert "challenger, champion" in line and line.count("[") == 3 and "6 prompts x 4" in line
+    assert "the only one there is" in shown
 
 
 @pytest.fixture(scope="module")
