@@ -79,11 +79,16 @@ def decide(gate: Gate, document: Mapping[str, Any], candidate: str = "dqo") -> G
         candidate: The model that asks to be promoted.
 
     Returns:
-        The decision. A judge that is not done with an evaluation refuses it, whether the gate has rules for it or not.
+        The decision. The model that the others are compared with never passes. A judge that is not done with an
+        evaluation refuses it, whether the gate has rules for it or not.
 
     Raises:
         DQOError: If the evaluation does not hold a model, a metric or the verdicts that the rules compare.
     """
+    if candidate == gate.against:
+        _model(document, candidate)
+        reason = f"{candidate} is the model that the gate compares with; a new champion has to be better than it"
+        return GateResult(False, [reason, *(reason for _, reason in _diversity(gate, document, candidate))])
     outcomes = [
         _quality(gate, document, candidate),
         *_diversity(gate, document, candidate),

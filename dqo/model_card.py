@@ -115,6 +115,12 @@ def _what(recipe: Recipe, card: CheckpointCard, base: str | None) -> str:
     named = f"[{base}](https://huggingface.co/{base})" if base is not None else "a local base model"
     known = origin(card.base_model)
     note = f" {known.note}" if known is not None and known.note else ""
+    if card.model != "dqo":
+        return (
+            f"{form} {named}, post-trained on the task `{recipe.task}` as `{card.model}`: the baseline that a model "
+            "trained with Diversity Quality Optimization (DQO, [arXiv 2509.04784](https://arxiv.org/abs/2509.04784)) "
+            f"is compared with. It had the same prompts, steps and SFT checkpoint, and no reward for diversity.{note}"
+        )
     return (
         f"{form} {named}, post-trained with Diversity Quality Optimization (DQO, "
         f"[arXiv 2509.04784](https://arxiv.org/abs/2509.04784)) on the task `{recipe.task}`: a group of responses is "
@@ -132,7 +138,7 @@ def _training(recipe: Recipe, card: CheckpointCard) -> str:
         "recipe": f"`{recipe.name}`, digest `{card.recipe_digest}`",
         "data": f"task `{recipe.task}`, digest `{card.data_digest[:16]}`",
         "steps": f"{recipe.sft.steps} of SFT, {card.steps} of RL",
-        "alpha (nats to quality), k": f"{method.alpha:g}, {method.k}",
+        "alpha (nats to quality), k": f"{method.alpha if card.model == 'dqo' else 0:g}, {method.k}",
         "score, advantage": f"{method.score}, {method.advantage}",
         "reward": _reward(recipe),
         "encoder": encoder,

@@ -689,6 +689,9 @@ class Registry(_Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "dqo-quickstart"
     """Name in the MLflow model registry."""
+    baselines: bool = False
+    """Whether the baselines become versions too, before the DQO model's: to load, compare and list them beside it. None
+    gets an alias, and the gate refuses what it compares with."""
 
 
 class Tracking(_Section):

@@ -135,6 +135,7 @@ def register(
     metrics: dict[str, float],
     gate: GateResult,
     report: str = "",
+    contender: bool = True,
 ) -> tuple[str, list[str]]:
     """Make a model version, give it the alias `challenger`, and `champion` too if its gate has passed.
 
@@ -148,6 +149,7 @@ def register(
         metrics: Means that the registry page shows, as tags `eval.<metric>`.
         gate: The gate's result.
         report: Artifact that holds the gate's report.
+        contender: Whether it may have aliases; a baseline does not.
 
     Returns:
         The version and the aliases it now holds.
@@ -173,8 +175,9 @@ def register(
     }
     for tag, value in everything.items():
         client.set_model_version_tag(name, version, tag, str(value))
-    alias_trail.move(client, name, alias_trail.new(CHALLENGER, "register"), lambda *_: version)
-    promotion.crown(client, name, version, gate, report)
+    if contender:
+        alias_trail.move(client, name, alias_trail.new(CHALLENGER, "register"), lambda *_: version)
+        promotion.crown(client, name, version, gate, report)
     # Asked for, not assumed: a version that was promoted before keeps `champion` until another one takes it.
     held = client.get_registered_model(name).aliases
     return version, sorted(alias for alias, holder in held.items() if str(holder) == version)

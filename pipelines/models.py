@@ -212,6 +212,7 @@ def _row(client: "MlflowClient", version: "ModelVersion", aliases: list[str]) ->
     return {
         "version": str(version.version),
         "aliases": aliases,
+        "model": tags.get("dqo.model"),
         "made": _day(version.creation_timestamp),
         "evaluated_on": tags.get("dqo.evaluated_on"),
         "gate_passed": {"true": True, "false": False}.get(tags.get("gate.passed", "")),
@@ -256,7 +257,7 @@ def _figures(client: "MlflowClient", version: "ModelVersion") -> dict[str, dict[
 
 def _versions_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("version", "aliases", "made"):
+    for column in ("version", "model", "aliases", "made"):
         table.add_column(column, no_wrap=True)
     for metric in _SHOWN:
         table.add_column(METRICS[metric].label, no_wrap=True)
@@ -265,7 +266,7 @@ def _versions_table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         gate = {True: Text("passed", style="green"), False: Text("not passed", style="red"), None: Text("-")}
         table.add_row(
-            row["version"], Text(", ".join(row["aliases"]) or "-"), row["made"],
+            row["version"], row["model"] or "-", Text(", ".join(row["aliases"]) or "-"), row["made"],
             *(_cell(row["metrics"].get(metric)) for metric in _SHOWN),
             gate[row["gate_passed"]], Text(row["alpha"] or "-"), Text(row["evaluated_on"] or "not evaluated"),
         )  # fmt: skip

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from test_pipeline import write_recipe
 
 import dqo.stages.training as training
-from dqo import tracking
+from dqo import promotion, tracking
 from dqo.errors import DQOError
 from dqo.files import read_jsonl
 from dqo.policy import CheckpointCard
@@ -51,7 +51,10 @@ def rl_section(**rules: object) -> dict:
 def prepared(tiny_policy, tiny_encoder, tmp_path_factory) -> tuple[Recipe, Path, Context]:
     """Data and an SFT checkpoint."""
     folder = tmp_path_factory.mktemp("stopped")
-    recipe = load(write_recipe(folder / "r.yaml", tiny_policy, tiny_encoder, sft={"steps": 1}, rl=rl_section()))
+    registry = {"name": "stopped", "baselines": True}
+    recipe = load(
+        write_recipe(folder / "r.yaml", tiny_policy, tiny_encoder, sft={"steps": 1}, rl=rl_section(), registry=registry)
+    )
     context = Context(recipe, folder / "workspace", tracking.default_uri(folder))
     prepare.run(context, folder / "data")
     context = Context.after_prepare(recipe, context.workspace, context.mlflow_uri, folder / "data")
@@ -125,6 +128,18 @@ def test_a_collapse_stops_training_and_the_pipeline_goes_on(prepared, collapsing
     version = client.get_model_version(registration["name"], registration["version"])
     assert version.tags["dqo.stopped"] == STOP and version.tags["gate.passed"] == "false"
     assert STOP in client.get_run(context.parent_run_id).data.tags["mlflow.note.content"]
+
+    # The baseline is there to compare with, and no gate lets it pass.
+    assert registration["version"] == "2" and registration["baselines"] == {"reward_only": "1"}
+    baseline = client.get_model_version(registration["name"], "1")
+    assert baseline.tags["dqo.model"] == "reward_only" and not baseline.aliases
+    assert baseline.run_id == CheckpointCard.read(folder / "reward_only").mlflow_run_id
+    refused = promotion.promote(client, registration["name"], "1")
+    assert refused.moved is None and refused.gate is not None and not refused.gate.passed
+    assert refused.gate.reasons[0].startswith("reward_only is the model that the gate compares with")
+    place = mlflow.artifacts.download_artifacts(f"models:/{registration['name']}/1", dst_path=str(folder / "one"))
+    card_text = (Path(place) / "artifacts" / "checkpoint" / "README.md").read_text()
+    assert "no reward for diversity" in card_text and "| alpha (nats to quality), k | 0, 4 |" in card_text
 
 
 def plug(*_: object) -> None:

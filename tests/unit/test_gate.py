@@ -97,6 +97,14 @@ def test_a_model_whose_training_was_stopped_fails_the_gate_whatever_it_measures(
     ]
 
 
+def test_the_model_that_is_compared_with_never_passes():
+    result = decide(GATE, document(dqo=NEW, reward_only=OLD), "reward_only")
+    first, *rest = result.reasons
+    assert not result.passed
+    assert first == "reward_only is the model that the gate compares with; a new champion has to be better than it"
+    assert len(rest) == 2 and all(reason.endswith("not higher with intervals apart") for reason in rest)
+
+
 def test_a_quality_that_is_not_known_fails_the_gate():
     unknown = Interval(math.nan, math.nan, math.nan)
     assert not gate(quality=unknown).passed
