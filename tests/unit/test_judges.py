@@ -773,6 +773,18 @@ def test_a_check_of_the_settings_asks_and_writes_nothing(tmp_path: Path, monkeyp
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_judge_without_its_key_is_refused_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from pipelines.local import RunFolder, start
+
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    section = {"endpoint": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": "NO_SUCH_KEY"}
+    asked = parse(json.dumps({"name": "a", "judge": section}))
+    folder = RunFolder.of(asked, tmp_path / "runs")
+    with pytest.raises(DQOError, match="NO_SUCH_KEY is not set"):
+        start(asked, folder, fresh=False)
+    assert not folder.root.exists()
+
+
 # --- the recipe's section ---
 
 

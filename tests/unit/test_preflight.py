@@ -149,6 +149,12 @@ def test_judges(tiny_policy, tiny_encoder, status: int, body: object, said: str 
                 preflight._judge(recipe)
 
 
+def test_a_prompt_of_the_judge_that_is_not_there(tiny_policy, tiny_encoder):
+    section = {"endpoint": "http://127.0.0.1:9/v1", "model": "judge", "prompt": "mine.yaml"}
+    with pytest.raises(DQOError, match=r"judge\.prompt 'mine\.yaml': cannot be read"):
+        preflight._judge(recipe_of(tiny_policy, tiny_encoder, judge=section))
+
+
 def test_one_check_that_hangs_costs_its_patience_only():
     def hang() -> str:
         time.sleep(30)
