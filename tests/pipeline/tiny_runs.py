@@ -25,10 +25,11 @@ def environment() -> dict[str, str]:
     return {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def run(recipe: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def run(recipe: Path, out: Path, *options: str, timeout: float = 450) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command("run", recipe, "--out", out, *options), capture_output=True, text=True, timeout=450, env=environment()
-    )
+        command("run", recipe, "--out", out, *options),
+        capture_output=True, text=True, timeout=timeout, env=environment(),
+    )  # fmt: skip
 
 
 def write_recipe(path: Path, policy_folder: Path, encoder_folder: Path, **changes) -> Path:
