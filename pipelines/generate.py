@@ -86,8 +86,8 @@ def _respond(asked: Asked, recipe: Recipe | None, given: dict[str, Any], place: 
     folder = Path(asked.model)
     client = None if folder.is_dir() else tracking.client_of(stores.require(asked.out, asked.uri), "generated")
     _quiet()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MLflow advises on the hints of serving.py, which leaves them out on purpose
+    # MLflow advises on the hints that serving.py leaves out on purpose, past any filter.
+    with warnings.catch_warnings(record=True):
         from dqo import inference
 
     origin = inference.from_folder(folder) if client is None else inference.from_registry(client, asked.model, place)

@@ -1,6 +1,9 @@
 """The command `generate` on a real store with a tiny model: what is drawn, how it is measured, what is refused."""
 
 import json
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -170,3 +173,24 @@ def test_a_row_or_prompt_that_is_none_is_refused(
 ):
     assert dqo(trained, monkeypatch, "tiny/1", *words) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_loading_of_the_documents_works_without_us(trained: Trained, tiny_policy: Path, tmp_path: Path):
+    """docs/registry.md's code in a process of its own, with the tiny model for the real one."""
+    text = (Path(__file__).parents[2] / "docs" / "registry.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "PeftModel" in block]
+    for documented, here in {
+        "sqlite:///runs/mlflow.db": tracking.default_uri(trained.out),
+        "dqo-quickstart@challenger": "tiny@champion",
+        "bundled:smollm2-135m-instruct": str(tiny_policy),
+    }.items():
+        assert code.count(documented) == 1
+        code = code.replace(documented, here)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
+    code += "print(len(drawn), type(model).__name__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.endswith("8 PeftModelForCausalLM\n")
