@@ -166,15 +166,17 @@ def register(
     found = next((v for v in known if v.run_id == run_id), None)
     # A server asks for the logged model's id beside its address; a local store takes either.
     model_id = model_uri.removeprefix("models:/") if model_uri.startswith("models:/m-") else None
-    version = str((found or client.create_model_version(name, model_uri, run_id, model_id=model_id)).version)
     everything = {
-        **tags,
+        **{tag: str(value) for tag, value in tags.items()},
         **{f"eval.{metric}": f"{value:.4f}" for metric, value in metrics.items()},
         "gate.passed": str(gate.passed).lower(),
         "gate.reasons": "\n".join(gate.reasons),
     }
-    for tag, value in everything.items():
-        client.set_model_version_tag(name, version, tag, str(value))
+    # With the version, not after it: each tag by itself is two requests, and a call that ends between leaves some out.
+    made = found or client.create_model_version(name, model_uri, run_id, tags=everything, model_id=model_id)
+    version = str(made.version)
+    for tag in [tag for tag, value in everything.items() if made.tags.get(tag) != value]:
+        client.set_model_version_tag(name, version, tag, everything[tag])
     if contender:
         alias_trail.move(client, name, alias_trail.new(CHALLENGER, "register"), lambda *_: version)
         promotion.crown(client, name, version, gate, report)
