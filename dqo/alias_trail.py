@@ -42,6 +42,9 @@ TAG_LENGTH = 4500
 """Longest value of a tag, in characters. MLflow's client allows 100,000, but its database has 5,000 for a tag of a
 registered model, and PostgreSQL and MySQL refuse more."""
 _POLL = 0.2
+_POLL_SHARE = 4
+"""Those who wait leave a slow server at least three quarters of its time: one that checks passwords takes half a second
+for an answer, and the one they wait for needs some ten."""
 _REASON_LENGTH = 300
 
 State = Literal["waiting", "moving", "done", "interrupted"]
@@ -303,7 +306,9 @@ class _Entry:
         seen: dict[str, tuple[Event, float]] = {}
         written = time.monotonic()
         while True:
+            asked = time.monotonic()
             model = self._client.get_registered_model(self._name)
+            took = time.monotonic() - asked
             before = []
             for event in read(model):
                 # One without a number has yet to take it, and may take a smaller one than ours.
@@ -322,7 +327,7 @@ class _Entry:
             if time.monotonic() - written > patience / 4:
                 self.write(beat=self.event.beat + 1)
                 written = time.monotonic()
-            time.sleep(_POLL)
+            time.sleep(max(_POLL, (_POLL_SHARE - 1) * took))
 
 
 def _repair(client: "MlflowClient", model: "RegisteredModel", mine: Event) -> list[Event]:

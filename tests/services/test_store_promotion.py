@@ -96,7 +96,7 @@ def test_processes_that_promote_at_once_lose_nothing(models: Registry, mlflow_ur
                          stderr=subprocess.PIPE, text=True)
         for versions in (("1", "2"), ("3", "4"), ("5", "6"))
     ]  # fmt: skip
-    errors = [process.communicate(timeout=240)[1] for process in started]
+    errors = [process.communicate(timeout=600)[1] for process in started]
     assert [process.returncode for process in started] == [0, 0, 0], errors
     trail = models.trail
     assert sorted(event["why"] for event in trail) == [f"version {version}" for version in range(1, 7)]
