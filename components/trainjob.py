@@ -298,13 +298,7 @@ class TrainJobLauncher:
         wanted = manifest(job)
         name = wanted["metadata"]["name"]
         try:
-            self._ask(
-                "create",
-                PLURAL,
-                lambda **options: self._jobs.create_namespaced_custom_object(
-                    body=wanted, dry_run="All", **self._where, **options
-                ),
-            )
+            self._create(wanted, dry_run="All")
         except ApiException as error:
             self._not_started(name, recipe.distributed.runtime, error)
         return (
@@ -361,11 +355,7 @@ class TrainJobLauncher:
         name = wanted["metadata"]["name"]
         while True:
             try:
-                made = self._ask(
-                    "create",
-                    PLURAL,
-                    lambda **options: self._jobs.create_namespaced_custom_object(body=wanted, **self._where, **options),
-                )
+                made = self._create(wanted)
             except ApiException as error:
                 if error.status != 409:
                     self._not_started(name, wanted["spec"]["runtimeRef"]["name"], error)
@@ -430,6 +420,13 @@ class TrainJobLauncher:
     def _say(self, words: str) -> None:
         sys.stdout.write(words + "\n")
         sys.stdout.flush()
+
+    def _create(self, wanted: dict[str, Any], **settings: str) -> dict[str, Any]:
+        def call(**options: Any) -> Any:
+            return self._jobs.create_namespaced_custom_object(body=wanted, **settings, **self._where, **options)
+
+        made: dict[str, Any] = self._ask("create", PLURAL, call)
+        return made
 
     def _get(self, name: str) -> dict[str, Any] | None:
         try:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import docker
 import pytest
-from docker.errors import APIError, ContainerError, DockerException, ImageNotFound
+from container.reach import cannot_start, no_index
+from docker.errors import DockerException, ImageNotFound
 from services.servers import Server, serving
 
 ROOT = Path(__file__).parents[2]
@@ -88,6 +89,14 @@ def buildkit(engine: docker.DockerClient) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def base(engine: docker.DockerClient, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The base image, of which the engine starts containers; skips where it starts none."""
+    name = _base(engine, tmp_path_factory)
+    if reason := cannot_start(engine, name):
+        pytest.skip(reason)
+    return name
+
+
+def _base(engine: docker.DockerClient, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The base image, or where no registry is in reach, Debian's Python in its place."""
     for name in (BASE, STAND_IN):
         try:
@@ -137,15 +146,9 @@ def base(engine: docker.DockerClient, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="session")
 def index(engine: docker.DockerClient, base: str) -> None:
-    """Skips where a container of the base image cannot be started, or reaches no package index."""
-    ask = ["python", "-m", "pip", "index", "versions", "--retries", "1", "--timeout", "20", "uv"]
-    try:
-        engine.containers.run(base, ask, remove=True, stderr=True)
-    except ContainerError as error:
-        last = error.stderr.decode(errors="replace").strip().splitlines()[-2:]
-        pytest.skip(f"the images cannot be built, since pip in {base} reaches no package index: {' '.join(last)[:300]}")
-    except APIError as error:
-        pytest.skip(f"the Docker engine cannot start a container of {base}: {error.explanation}")
+    """Skips where containers have no connection to a package index, from which the images are built."""
+    if reason := no_index(engine, base):
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
-    """MLflow with passwords on PostgreSQL and SeaweedFS; skips, saying why, where a part is missing."""
+    """MLflow with passwords on PostgreSQL and SeaweedFS; skips, saying why, where the machine lacks one."""
     with serving() as server:
         yield server
 

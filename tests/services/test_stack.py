@@ -26,6 +26,19 @@ def gone(folder: str, sweep: bool, seconds: float = 30) -> bool:
     return False
 
 
+def test_what_the_machine_lacks_is_told_from_what_was_not_installed(monkeypatch: pytest.MonkeyPatch):
+    """The first skips tests; the second has to fail them, or a package that is dropped would switch them off."""
+    with pytest.raises(stack.Missing, match=r"no-such-program .*apt-get install postgresql"):
+        stack.postgresql("no-such-program")
+    monkeypatch.setattr(stack, "postgresql", lambda program: program)
+    monkeypatch.setattr(stack, "PACKAGES", {"no_such_module": "no-such-package"})
+    with pytest.raises(RuntimeError, match=r"no-such-package is not installed.*make install"):
+        stack.check_parts()
+    monkeypatch.setattr(stack.shutil, "which", lambda *_, **__: None)
+    with pytest.raises(RuntimeError, match=r"weed is not installed.*make install"):
+        stack.check_parts()
+
+
 def test_the_server_asks_for_a_password(server: Server):
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(f"{server.uri}/api/2.0/mlflow/experiments/get?experiment_id=0")
