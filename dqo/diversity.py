@@ -175,7 +175,7 @@ def same_meaning(gram: Tensor, threshold: float, mask: Tensor | None = None) -> 
     return linked
 
 
-def distinct_bonus(embeddings: Tensor, mask: Tensor | None = None, threshold: float = 0.9) -> Tensor:
+def distinct_bonus(embeddings: Tensor, mask: Tensor | None = None, threshold: float = 0.7) -> Tensor:
     """Share of the other members that mean something else than this one.
 
     Args:
@@ -264,7 +264,7 @@ class GroupScore:
     of_likelihood: bool = False
 
 
-def group_score(name: str, k: int, kernel_scale: float = 1.0, threshold: float = 0.9) -> GroupScore:
+def group_score(name: str, k: int, kernel_scale: float = 1.0, threshold: float = 0.7) -> GroupScore:
     """Return a group score by the name a recipe gives it.
 
     Args:
@@ -276,12 +276,15 @@ def group_score(name: str, k: int, kernel_scale: float = 1.0, threshold: float =
     Raises:
         ValueError: If there is no such score.
     """
+    # Of log_volume: all members the same, and all unrelated.
+    square = kernel_scale**2
+    lowest, highest = math.log1p(square / (1 + square * (k - 1))), math.log1p(square)
     match name:
         case "log_volume":
-            middle = (math.log1p(1 / k) + math.log(2)) / 2
-            return GroupScore(middle, lambda g: leave_one_out_bonus(g.embeddings, g.mask, kernel_scale))
+            return GroupScore((lowest + highest) / 2, lambda g: leave_one_out_bonus(g.embeddings, g.mask, kernel_scale))
         case "elliptical":
-            return GroupScore((1 / k + 1) / 2, lambda g: elliptical_bonus(g.embeddings, g.mask, kernel_scale))
+            middle = (math.expm1(lowest) + math.expm1(highest)) / 2
+            return GroupScore(middle, lambda g: elliptical_bonus(g.embeddings, g.mask, kernel_scale))
         case "cosine_distance":
             return GroupScore(0.5, lambda g: cosine_bonus(g.embeddings, g.mask))
         case "vendi":

@@ -150,7 +150,7 @@ class Defences(_Section):
     """Whether responses that were cut at the token limit earn none."""
     max_tokens: Positive | None = None
     """Longer responses earn none; `null` asks for nothing."""
-    min_prompt_similarity: Annotated[float, Field(ge=-1.0, le=1.0)] | None = None
+    min_prompt_similarity: Annotated[float, Field(gt=-1.0, le=1.0)] | None = None
     """Cosine similarity of prompt and response that has to be reached; `null` asks for none."""
     embed: Literal["response", "through_answer", "answer"] = "response"
     """What of a response is embedded in training: all of it, what stands up to the end of its answer, or the answer
@@ -183,8 +183,9 @@ class Method(_Section):
     combine: Literal["add", "multiply"] = "add"
     """`add`: quality plus alpha times the bonus; `multiply`: quality times 1 - alpha (1 - bonus), as DARLING, DRA-GRPO
     and "rewarding the unlikely" do, for the scores that are shares: `distinct`, `similarity`, `likelihood`."""
-    distinct_threshold: Annotated[float, Field(gt=-1.0, le=1.0)] = 0.9
-    """Cosine similarity from which two responses mean the same; of the score `distinct` only."""
+    distinct_threshold: Annotated[float, Field(gt=-1.0, le=1.0)] = 0.7
+    """Cosine similarity from which two responses mean the same; of the score `distinct` only. 0.7 lies between
+    paraphrases and other answers as the bundled encoder sees them; `dqo calibrate` shows both for another."""
     kernel_scale: Annotated[float, Field(gt=0.0, le=30.0)] = 1.0
     """Factor on the embeddings: larger tells near-duplicates apart more sharply; 1 is the paper's. Above 30 float32
     no longer resolves responses that coincide."""
@@ -360,11 +361,14 @@ class ZeroVariance(_Rule):
 
 
 class Entropy(_Rule):
-    """Entropy of the policy, nats a token: near zero it says one thing only, far up it says anything."""
+    """Entropy of the policy, nats a token: near zero it says one thing only, far up it says anything.
 
-    min: Annotated[float, Field(gt=0.0)] | None = 0.05
+    A vocabulary of a million tokens has 13.8 at most.
+    """
+
+    min: Annotated[float, Field(gt=0.0, lt=14.0)] | None = 0.05
     """Lowest entropy; `null` asks for none."""
-    max: Annotated[float, Field(gt=0.0)] | None = None
+    max: Annotated[float, Field(gt=0.0, lt=14.0)] | None = None
     """Highest entropy; `null` asks for none."""
 
     @model_validator(mode="after")
@@ -496,19 +500,20 @@ def _health_problems(rl: "Rl", method: Method) -> list[str]:
             "no group exceeds"
         )
     for name, rule in health.rules.items():
-        if rule.action != "stop":
-            continue
-        if not rule.limits:
+        stops, compares = rule.action == "stop", name in AGAINST_FIRST_STEPS
+        if stops and not rule.limits:
             found.append(f"rl.health.{name}.action: got 'stop' without a threshold; expected 'warn', or a threshold")
-        first = health.baseline_steps if name in AGAINST_FIRST_STEPS else 0
-        if first + rule.patience > rl.steps:
+        # A rule as the defaults have it may be idle in a short run; one that somebody has set is meant to work.
+        set_here = rule != type(rule)() or (compares and health.baseline_steps != Health().baseline_steps)
+        first = health.baseline_steps if compares else 0
+        if rule.limits and set_here and first + rule.patience > rl.steps:
             after = f" after {first} steps to compare with" if first else ""
             found.append(
                 f"rl.health.{name}.patience: got {rule.patience}{after}, which rl.steps = {rl.steps} does not reach, "
-                "so that nothing would stop; expected fewer"
+                f"so that nothing would {rule.action}; expected fewer"
             )
     drift = health.length_drift
-    if drift.action == "stop" and drift.factor is not None and drift.factor >= rl.sampling.max_new_tokens:
+    if drift != LengthDrift() and drift.factor is not None and drift.factor >= rl.sampling.max_new_tokens:
         found.append(
             f"rl.health.length_drift.factor: got {drift.factor:g}; expected less than "
             f"rl.sampling.max_new_tokens = {rl.sampling.max_new_tokens}, by which no length can change"
@@ -992,11 +997,34 @@ class Recipe(_Section):
                     f"{name}.micro_batch: got {stage.micro_batch}; expected a divisor of the {rows // self.processes} "
                     f"sequences of a step{among} ({each})"
                 )
+        problems += self._defences_fit()
         problems += _health_problems(self.rl, self.method)
         problems += self._gate_fits()
         if problems:
             raise ValueError("\n".join(problems))  # a line each, see _readable
         return self
+
+    def _defences_fit(self) -> list[str]:
+        """Conditions of a bonus that every response meets, or none."""
+        problems = []
+        defences, most = self.method.defences, self.rl.sampling.max_new_tokens
+        if defences.quality_gate == "group" and defences.min_quality is None:
+            problems.append(
+                "method.defences.quality_gate: got 'group' without method.defences.min_quality, which it is about; "
+                "expected a quality to reach, or 'member'"
+            )
+        if defences.max_tokens is not None and defences.max_tokens >= most:
+            problems.append(
+                f"method.defences.max_tokens: got {defences.max_tokens}; expected less than rl.sampling.max_new_tokens "
+                f"= {most}, which no response exceeds, or drop_truncated for those that reach it"
+            )
+        bounded = self.reward.kind != "model" or self.reward.squash
+        if defences.min_quality is not None and defences.min_quality > 1 and bounded:
+            problems.append(
+                f"method.defences.min_quality: got {defences.min_quality:g}, which no response reaches: this reward is "
+                "1 at most; expected at most 1"
+            )
+        return problems
 
     def _gate_fits(self) -> list[str]:
         """What of the gate and the judge can never hold."""

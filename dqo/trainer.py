@@ -59,7 +59,7 @@ class DQOConfig(GRPOConfig):
         default=None, metadata={"help": "Cosine similarity of prompt and response below which no bonus is earned."}
     )
     distinct_threshold: float = field(
-        default=0.9, metadata={"help": "Cosine similarity of equal meaning, of distinct."}
+        default=0.7, metadata={"help": "Cosine similarity of equal meaning, of distinct."}
     )
     quality: Literal["reward", "demonstration"] = field(
         default="reward", metadata={"help": "DQO-RL (reward functions) or DQO-SFT (likelihood of a demonstration)."}

@@ -233,10 +233,34 @@ def _check(arguments: argparse.Namespace) -> int:
     from dqo.recipe import load
 
     recipe = load(arguments.recipe)
-    _print_warnings(recipe.warnings)
+    _print_warnings([*recipe.warnings, *_about_the_task(recipe)])
     models = ", ".join(recipe.model_names)
     print(f"{arguments.recipe}: valid (task {recipe.task}, models {models}, digest {recipe.digest})")
     return 0
+
+
+def _about_the_task(recipe: "Recipe") -> list[str]:
+    """What only the task itself can say of a recipe; one of a user's own need not be on this machine."""
+    from dqo.tasks import TASKS, get_task
+
+    embed = recipe.method.defences.embed
+    if recipe.task in TASKS and recipe.reward.kind != "rule" and embed == "response":
+        return []  # nothing to ask, and the modules of tasks load large libraries
+    from dqo import rewards
+
+    try:
+        task = get_task(recipe.task)
+        rewards.kind(recipe, task)
+    except DQOError as error:
+        if recipe.task in TASKS:
+            raise
+        return [f"on this machine, {error}"]
+    if embed != "response" and task.answer is None:
+        return [
+            f"method.defences.embed: got {embed!r}, but task {task.name!r} does not say where in a response its answer "
+            "stands, so all of it is embedded"
+        ]
+    return []
 
 
 def _show(arguments: argparse.Namespace) -> int:

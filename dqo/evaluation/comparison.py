@@ -25,6 +25,7 @@ from dqo.evaluation.statistics import (
     paired_p_value,
 )
 from dqo.evaluation.win_rate import LengthControlled, length_controlled_win_rate, win_rate
+from dqo.recipe import smallest_p_value
 
 MOST_MODELS = 8
 """As many as have a colour and a marker of their own."""
@@ -214,6 +215,12 @@ def compare(models: Sequence[Evaluated], draws: int = 2000, seed: int = 0) -> Co
     }
     known = {f"{metric} {position}": p for (metric, position), p in p_values.items() if not math.isnan(p)}
     adjusted = holm(known)
+    prompts, smallest = len(common[0].rows), smallest_p_value(len(common[0].rows))
+    if len(known) * smallest > 1 - confidence + 1e-12:
+        further.append(
+            f"{prompts} prompts are too few to tell any of {len(known)} differences from chance (Holm): the smallest "
+            f"p-value of one is {smallest:.2g}; evaluate on more prompts"
+        )
     differences: dict[str, list[Difference | None]] = {}
     for metric, found in values.items():
         differences[metric] = [None]

@@ -79,6 +79,18 @@ def test_recipe_check_says_what_a_valid_recipe_is():
     assert load(QUICKSTART).digest in done.stdout
 
 
+def test_recipe_check_asks_the_task_too(tmp_path: Path):
+    embeds = recipe_file(tmp_path, "method: {defences: {embed: answer}}")
+    done = dqo("recipe", "check", embeds)
+    assert done.returncode == 0
+    assert "method.defences.embed: got 'answer'" in done.stderr and "all of it is embedded" in done.stderr
+    done = dqo("recipe", "check", recipe_file(tmp_path, "task: not_there:TASK"))
+    assert done.returncode == 0
+    assert done.stderr.startswith("dqo: warning: on this machine, task: got 'not_there:TASK'")
+    no_rule = recipe_file(tmp_path, "task: instruction\nreward: {kind: rule}")
+    assert "reward.kind: got 'rule', but task 'instruction' has none" in refused(dqo("recipe", "check", no_rule))
+
+
 def test_recipe_check_warns_on_stderr_and_still_succeeds(tmp_path: Path):
     done = dqo("recipe", "check", recipe_file(tmp_path, "method: {k: 2, advantage: centred}"))
     assert done.returncode == 0

@@ -119,6 +119,15 @@ def test_conditions_that_are_not_known_are_said():
     assert result.warnings[0].startswith("the recipe of dqo is not there")
 
 
+@pytest.mark.parametrize(("prompts", "too_few"), [(8, True), (10, False)])
+def test_too_few_prompts_for_so_many_metrics_are_said(prompts: int, too_few: bool):
+    """All differences on one side have p = 2 / 2^prompts, which Holm multiplies by the number of metrics at most."""
+    result = compare(models({"reward_only": 0.0, "dqo": 5.0}, PROMPTS[:prompts]))
+    assert too_few == (len(METRICS) * 2 / 2**prompts > 0.05)
+    assert [f"{prompts} prompts are too few" in warning for warning in result.warnings] == [True] * too_few
+    assert (result.differences["log_volume"][1].verdict == "better") is not too_few
+
+
 # --- differences ---
 
 

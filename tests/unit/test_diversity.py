@@ -170,6 +170,21 @@ def test_ends_of_the_range(name: str, same: float, unlike: float):
                                torch.full((1, K), unlike, dtype=torch.float64))  # fmt: skip
 
 
+@pytest.mark.parametrize("scale", [0.3, 1.0, 10.0])
+@pytest.mark.parametrize("name", ["log_volume", "elliptical"])
+def test_the_middle_of_the_range_follows_the_kernel_scale(name: str, scale: float):
+    """The ends by determinants: of equal members, and of members at right angles."""
+    ends = []
+    for gram in (np.ones((K, K)), np.eye(K)):
+        kernel = np.eye(K) + scale**2 * gram
+        ratio = np.linalg.det(kernel) / np.linalg.det(kernel[1:, 1:])
+        ends.append(np.log(ratio) if name == "log_volume" else ratio - 1)
+    score = group_score(name, K, scale)
+    assert score.middle == pytest.approx(np.mean(ends), rel=1e-9)
+    for embeddings, end in zip((torch.eye(K)[:1].expand(K, K), torch.eye(K)), ends, strict=True):
+        assert score.bonus(Group(embeddings.double()))[0].item() == pytest.approx(end, rel=1e-6)
+
+
 @pytest.mark.parametrize("name", OF_EMBEDDINGS)
 def test_a_repetition_earns_less_than_the_odd_one_out(name: str):
     base = torch.nn.functional.normalize(torch.tensor([[[1.0, 0.1, 0.0], [1.0, 0.1, 0.0], [0.0, 0.2, 1.0]]]), dim=-1)

@@ -203,6 +203,11 @@ def refusal(health: str, more: str = "") -> str:
         ("kl: {action: stop}", "kl.action", "without a threshold"),
         ("truncation: {action: stop, patience: 21}", "truncation.patience", "rl.steps = 20 does not reach"),
         ("volume_collapse: {action: stop, patience: 18}", "volume_collapse.patience", "got 18 after 3 steps"),
+        ("truncation: {patience: 21}", "truncation.patience", "so that nothing would warn"),
+        ("baseline_steps: 16", "length_drift.patience", "got 5 after 16 steps"),
+        ("length_drift: {factor: 40}", "length_drift.factor", "less than rl.sampling.max_new_tokens"),
+        ("entropy: {max: 50}", "entropy.max", "less than 14"),
+        ("entropy: {min: 14}", "entropy.min", "less than 14"),
     ],
 )
 def test_a_rule_that_cannot_work_is_refused(health: str, field: str, words: str):
@@ -218,6 +223,10 @@ def test_a_rule_that_cannot_work_is_refused(health: str, field: str, words: str)
         "volume_floor: {min: 2.2}}, beta: 0",
         "volume_collapse: {action: stop, patience: 17}}, beta: 0",
         "truncation: {max: 0}}, beta: 0",
+        "truncation: {patience: 20}}, beta: 0",
+        "baseline_steps: 15}, beta: 0",
+        "truncation: {max: null, patience: 21}}, beta: 0",
+        "}, steps: 1, sampling: {max_new_tokens: 2}",
     ],
 )
 def test_a_rule_that_can_work_is_taken(health: str):

@@ -168,3 +168,12 @@ def test_python_blocks_of_the_readme_run(body: str, tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "nan" not in done.stdout
+
+
+def test_every_metric_that_mlflow_holds_is_documented():
+    from dqo.evaluation.metrics import METRICS
+    from dqo.stages.training import _METRICS
+
+    named = set(spans((ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")))
+    assert set(METRICS) <= named
+    assert set(_METRICS) <= named

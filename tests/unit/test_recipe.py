@@ -333,6 +333,33 @@ def test_texts_survive_the_round_trip_through_yaml_and_json(revision: str):
     assert parse(recipe.to_json()) == recipe
 
 
+@pytest.mark.parametrize(
+    ("defences", "field", "words"),
+    [
+        ("quality_gate: group", "quality_gate", "without method.defences.min_quality"),
+        ("max_tokens: 32", "max_tokens", "less than rl.sampling.max_new_tokens = 32"),
+        ("min_quality: 1.01", "min_quality", "1 at most"),
+        ("min_prompt_similarity: -1", "min_prompt_similarity", "greater than -1"),
+    ],
+)
+def test_a_defence_that_every_response_meets_or_none_is_refused(defences: str, field: str, words: str):
+    message = refusal(f"name: a\nmethod: {{defences: {{{defences}}}}}")
+    assert words in line_of(message, f"method.defences.{field}")
+
+
+@pytest.mark.parametrize(
+    ("defences", "rest"),
+    [
+        ("max_tokens: 31, min_quality: 1", "{}"),
+        ("min_quality: 5", "{reward: {kind: model, model: org/name, squash: false}}"),
+        ("min_quality: 0.5, quality_gate: group", "{}"),
+    ],
+)
+def test_a_defence_that_some_responses_meet_is_taken(defences: str, rest: str):
+    content = {"name": "a", "method": {"defences": yaml.safe_load(f"{{{defences}}}")}} | yaml.safe_load(rest)
+    assert parse(yaml.safe_dump(content)).method.defences.conditional
+
+
 def test_vllm_server_needs_an_address():
     assert "server_base_url" in line_of(refusal("name: a\nrl: {rollout: {engine: vllm, mode: server}}"), "rl.rollout")
     parse("name: a\nrl: {rollout: {engine: vllm, mode: server, server_base_url: 'http://vllm:8000'}}")
@@ -442,7 +469,7 @@ def test_defaults_are_filled_in_and_survive_the_round_trip():
         "quality_scale": "none",
         "score": "log_volume",
         "combine": "add",
-        "distinct_threshold": 0.9,
+        "distinct_threshold": 0.7,
         "kernel_scale": 1.0,
         "defences": {
             "min_quality": None,
