@@ -15,12 +15,18 @@ from dqo.defences import Defences, embedded_text
 from dqo.determinant import leave_one_out_bonus
 from dqo.embedding import ResponseEncoder
 from dqo.recipe import Encoder
+from dqo.stages.training import _METRICS
 
 NAN = math.nan
 REWARDS = torch.tensor([[1.0, 0.2, NAN, 0.5], [0.1, 0.2, 0.3, 0.4]])
 CUT = torch.tensor([[False, True, False, False], [False, False, True, False]])
 TOKENS = torch.tensor([[5, 9, 7, 3], [12, 2, 8, 4]])
 SIMILARITY = torch.tensor([[0.9, 0.8, 0.7, 0.1], [0.3, 0.2, 0.9, 0.6]])
+
+
+def counted(trainer: ScriptedTrainer, name: str) -> float:
+    """A counter of the first step, under its name in history.jsonl and in MLflow."""
+    return float(trainer.state.log_history[0][_METRICS[name]])
 
 
 def earns(defences: Defences, rewards: Tensor, cut: Tensor, tokens: Tensor, similarity: Tensor | None) -> Tensor:
@@ -176,6 +182,21 @@ def test_random_text_behind_a_right_answer_pays_only_where_it_is_embedded(tiny_e
         assert gradient.abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("form", ["paper", "centred", "decoupled"])
+def test_repeating_one_response_does_not_pay(form: str):
+    """A policy that says one of four unrelated things nine times in ten: the volume pulls it away from that one."""
+    chances = torch.tensor([0.91, 0.03, 0.03, 0.03], dtype=torch.float64)
+    gradient = torch.zeros(4, dtype=torch.float64)
+    for group in itertools.product(range(4), repeat=3):
+        rows = torch.tensor(group)
+        bonus = leave_one_out_bonus(torch.eye(4, dtype=torch.float64)[rows][None])
+        advantages = group_advantages(torch.ones(1, 3, dtype=torch.float64), bonus, 1.0, form)[0]
+        gradient += chances[rows].prod() * (advantages[:, None] * (torch.eye(4)[rows] - chances)).sum(0)
+    assert gradient[0] < -0.01
+    assert (gradient[1:] > 0).all()
+    assert gradient.sum().item() == pytest.approx(0.0, abs=1e-12)
+
+
 def test_a_response_without_an_answer_earns_nothing_in_the_trainer(tiny_policy, tiny_encoder, tmp_path):
     pick = embedded_text("through_answer", False, lambda text: None if "storm" in text else (0, len(text)))
     trainer = build(
@@ -191,9 +212,8 @@ def test_a_response_without_an_answer_earns_nothing_in_the_trainer(tiny_policy, 
     for i, value in enumerate(trainer.used[-1]):
         none_earned = without[i] or long[i] or rewards[i] is None
         assert (value == pytest.approx(plain[i], abs=1e-6)) == none_earned
-    row = trainer.state.log_history[0]
-    assert float(row["no_bonus_rate/no_answer"]) == pytest.approx(sum(without) / 12, rel=1e-3)
-    assert float(row["no_bonus_rate/max_tokens"]) == pytest.approx(sum(long) / 12, rel=1e-3)
+    assert counted(trainer, "no_bonus_no_answer") == pytest.approx(sum(without) / 12, rel=1e-3)
+    assert counted(trainer, "no_bonus_max_tokens") == pytest.approx(sum(long) / 12, rel=1e-3)
 
 
 def test_the_trainer_gates_counts_and_leaves_the_gated_out_of_the_kernel(tiny_policy, tiny_encoder, tmp_path):
@@ -211,7 +231,8 @@ def test_the_trainer_gates_counts_and_leaves_the_gated_out_of_the_kernel(tiny_po
             if earning[i]:
                 expected += 0.7 * -math.log(inverse[members.index(i), members.index(i)])
             assert trainer.used[-1][i] == pytest.approx(expected, abs=2e-5)
-    assert float(trainer.state.log_history[0]["no_bonus_rate"]) == pytest.approx(1 - sum(earning) / 12, rel=1e-3)
+    for counter in ("no_bonus_rate", "no_bonus_min_quality"):
+        assert counted(trainer, counter) == pytest.approx(1 - sum(earning) / 12, rel=1e-3)
 
 
 def test_truncation_and_similarity_reach_the_trainer(tiny_policy, tiny_encoder, tmp_path):
@@ -227,6 +248,7 @@ def test_truncation_and_similarity_reach_the_trainer(tiny_policy, tiny_encoder, 
     trainer = build(tiny_policy, tiny_encoder, tmp_path / "cut", drop_truncated=True, **shared)
     trainer.train()
     assert [index for index, value in enumerate(trainer.used[-1]) if value == 1.0] == [0, 7]  # the reward, no bonus
+    assert counted(trainer, "no_bonus_drop_truncated") == pytest.approx(2 / 12, rel=1e-3)
 
     trainer = build(tiny_policy, tiny_encoder, tmp_path / "all", min_prompt_similarity=-1.0, **shared)
     trainer.train()
@@ -238,3 +260,5 @@ def test_truncation_and_similarity_reach_the_trainer(tiny_policy, tiny_encoder, 
     trainer = build(tiny_policy, tiny_encoder, tmp_path / "near", min_prompt_similarity=floor, **shared)
     trainer.train()
     assert [value > 1.0 for value in trainer.used[-1]] == (similarity >= floor).tolist()
+    below = (similarity < floor).float().mean().item()
+    assert counted(trainer, "no_bonus_min_prompt_similarity") == pytest.approx(below, rel=1e-3)
