@@ -152,9 +152,10 @@ def expand(experiment: Experiment, path: Path) -> list[Cell]:
 
 
 def _with(recipe: Recipe, settings: dict[str, Any], where: str) -> Recipe:
-    """A recipe with fields set by their dotted names, for one model beside the base and SFT models."""
+    """A recipe with fields set by their dotted names, for one model beside the base and SFT models, not registered."""
     document = recipe.model_dump(mode="json")
-    for name, value in (settings | {"method.baselines": [], "gate.against": "sft"}).items():
+    alone = {"method.baselines": [], "gate.against": "sft", "registry.baselines": False}
+    for name, value in (settings | alone).items():
         *sections, field = name.split(".")
         target = document
         for section in sections:

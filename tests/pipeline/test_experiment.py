@@ -82,6 +82,19 @@ def test_shipped_experiments_expand(path: Path):
     assert len(expand(read(path), path)) > 1
 
 
+def test_kept_results_are_those_of_the_shipped_experiment():
+    """A change of a recipe or of a default that orphans results has to say so: hours of training hang on their keys."""
+    path = ROOT / "recipes" / "experiments" / "smollm2.yaml"
+    rows = Results(ROOT / "docs" / "results-data", "smollm2").rows()
+    cells = {cell.key: cell for cell in expand(read(path), path)}
+    assert rows and rows.keys() <= cells.keys()
+    for key, row in rows.items():
+        recipe = cells[key].recipe
+        assert (row["seed"], row["task"], row["n"]) == (recipe.seed, recipe.task, recipe.evaluation.n)
+        assert (row["method"]["alpha"], row["method"]["k"]) == (recipe.method.alpha, recipe.method.k)
+        assert len(row["history"]) == recipe.rl.steps
+
+
 def test_a_damaged_results_file_is_named(tmp_path):
     (tmp_path / "grid.jsonl").write_text('{"no": "key"}\n')
     with pytest.raises(DQOError, match=r"grid.jsonl: not a results file"):
