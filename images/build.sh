@@ -7,7 +7,8 @@
 #   ENGINE    docker, podman or buildah; the first that is installed
 #   BASE      base image (python:3.11-slim-bookworm)
 #   EXTRAS    `gpu` adds vLLM and DeepSpeed to the trainer (none)
-#   PREFIX    put before the images' names, for a registry: `registry.example:5000/`
+#   PREFIX    put before the images' names, for a registry: `registry.example:5000/`. Without one, podman and buildah
+#             name an image localhost/NAME; it gets the name docker.io/library/NAME too, which Kubernetes' nodes look for
 #   TAG       tag (the project's version)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -51,6 +52,9 @@ for name in "${names[@]}"; do
   fi
   echo "Building ${image}"
   "${engine}" build "${options[@]}" -f "images/${file}/Containerfile" -t "${image}" .
+  if [[ "${engine}" != docker && -z "${PREFIX:-}" ]]; then
+    "${engine}" tag "${image}" "docker.io/library/${image}"
+  fi
 done
 
 echo

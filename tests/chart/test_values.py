@@ -119,6 +119,8 @@ WRONG = [
     ("runner.subjects", [{"name": "x"}]),
     ("recipes.extra", {"a.txt": "x"}),
     ("unknown", {}),
+    ("serviceMonitor.install", "yes"),
+    ("mlflow.test.resources.requests", {"cpu": "1", "memory": "1Gi"}),
 ]
 
 
@@ -203,6 +205,14 @@ def test_notes_name_the_page_and_a_missing_password_of_training_pods():
     full = CHART / "ci" / "full-values.yaml"
     assert "MLflow is at https://mlflow.example.com" in notes("--values", full)
     assert "set tracking.existingSecret" in notes("--values", full, "--set", "tracking.existingSecret=")
+
+
+def test_notes_say_which_kinds_the_cluster_lacks():
+    scraped = flags({"serviceMonitor.enabled": True, "mlflow.metrics.enabled": True})
+    lacking = "No ServiceMonitor was installed: the cluster does not know the kind"
+    assert lacking in notes(*scraped)
+    assert lacking not in notes(*scraped, "--set", "serviceMonitor.install=never")
+    assert "ServiceMonitor" not in notes()
 
 
 def test_extra_environment_and_placement_reach_the_pod():

@@ -57,9 +57,22 @@ def test_an_engine_is_chosen_and_a_wrong_one_refused(tmp_path):
     assert "--build-arg EXTRAS=gpu -f images/trainer/Containerfile -t dqo-trainer:0.1.0 ." in trainer
     assert "TITLE=DQO evaluator -f images/trainer/Containerfile -t dqo-evaluator:0.1.0 ." in evaluator
     assert "EXTRAS" not in evaluator
+    # A node looks for a name without a registry at docker.io/library; podman and buildah would call it localhost.
+    assert "tag dqo-mlflow:0.1.0 docker.io/library/dqo-mlflow:0.1.0\n" in asked
     for name, engine, words in (("mlflow", "rkt", "expected docker, podman"), ("x", "buildah", "no image 'x'")):
         done = subprocess.run([script, name], env={**environment, "ENGINE": engine}, capture_output=True, text=True)
         assert done.returncode == 2 and words in done.stderr
+
+
+@pytest.mark.parametrize(("engine", "prefix"), [("docker", ""), ("podman", "registry.example:5000/")])
+def test_no_name_is_added_where_nodes_find_the_image_by_its_own(engine, prefix, tmp_path):
+    (tmp_path / engine).write_text('#!/bin/sh\necho "$@" >> "$LOG"\n')
+    (tmp_path / engine).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:/usr/bin:/bin", "LOG": str(tmp_path / "log"), "ENGINE": engine}
+    done = subprocess.run([ROOT / "images/build.sh", "mlflow"], env={**environment, "PREFIX": prefix})
+    asked = (tmp_path / "log").read_text()
+    assert done.returncode == 0 and f"-t {prefix}dqo-mlflow:0.1.0 ." in asked
+    assert "docker.io" not in asked
 
 
 def test_without_an_engine(monkeypatch):

@@ -130,7 +130,7 @@ capabilities:
 
 {{/* Host headers that MLflow accepts: its check compares them whole, so each stands with and without the port. The
      address of the Service comes from the variable that Kubernetes sets, so clients may also use it where the cluster
-     has no DNS. */}}
+     has no DNS. The node's address comes with any port: a NodePort's, or the API server's, whose proxy passes it on. */}}
 {{- define "dqo.mlflow.allowedHosts" -}}
 {{- $mlflow := .Values.mlflow -}}
 {{- $name := include "dqo.mlflow.name" . -}}
@@ -142,7 +142,7 @@ capabilities:
 {{- $hosts = concat $hosts (list . (printf "%s:%v" . $mlflow.service.port)) -}}
 {{- end -}}
 {{- if ne (int $mlflow.service.port) 5000 }}{{ $hosts = append $hosts "$(POD_IP):5000" }}{{ end -}}
-{{- $hosts = concat $hosts (list "localhost" "localhost:*" "127.0.0.1" "127.0.0.1:*") -}}
+{{- $hosts = concat $hosts (list "$(HOST_IP):*" "localhost" "localhost:*" "127.0.0.1" "127.0.0.1:*") -}}
 {{- if $mlflow.ingress.enabled }}{{ $hosts = append $hosts $mlflow.ingress.host }}{{ end -}}
 {{- concat $hosts $mlflow.allowedHosts | uniq | join "," -}}
 {{- end }}

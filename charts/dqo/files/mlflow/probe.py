@@ -17,8 +17,11 @@ from typing import Any
 
 URI = os.environ["MLFLOW_TRACKING_URI"].rstrip("/")
 NAME = "dqo-helm-test"
-# Network rules reach the nodes some seconds after the pod has started.
+# Network rules reach the nodes some seconds after the pod has started, and a busy node takes its time for the first
+# request to the database, at which MLflow imports what it needs.
 WAIT_SECONDS = float(os.environ.get("DQO_PROBE_WAIT_SECONDS", "90"))
+REQUEST_SECONDS = 60
+UNREACHED = (502, 503, 504)  # what a proxy or a service mesh answers for a server that it cannot reach
 
 
 def call(method: str, path: str, body: bytes | None = None, signed: bool = True) -> bytes:
@@ -29,8 +32,22 @@ def call(method: str, path: str, body: bytes | None = None, signed: bool = True)
     if signed and (user := os.environ.get("MLFLOW_TRACKING_USERNAME")):
         secret = f"{user}:{os.environ.get('MLFLOW_TRACKING_PASSWORD', '')}".encode()
         request.add_header("Authorization", f"Basic {base64.b64encode(secret).decode()}")
-    with urllib.request.urlopen(request, timeout=20) as answer:
+    with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as answer:
         return answer.read()
+
+
+def reach(method: str, path: str, body: bytes | None = None, signed: bool = True) -> bytes:
+    """As `call`, repeated until a server answers or the time is over; for requests that change nothing."""
+    end = time.monotonic() + WAIT_SECONDS
+    while True:
+        try:
+            return call(method, path, body, signed)
+        except OSError as error:
+            answered = isinstance(error, urllib.error.HTTPError) and error.code not in UNREACHED
+            if answered or time.monotonic() > end:
+                raise
+            print(f"probe: {URI}{path}: {error}; trying again", flush=True)
+            time.sleep(2)
 
 
 def api(method: str, path: str, **fields: Any) -> dict[str, Any]:
@@ -38,25 +55,11 @@ def api(method: str, path: str, **fields: Any) -> dict[str, Any]:
     return json.loads(call(method, f"/api/2.0/mlflow/{path}", json.dumps(fields).encode() if fields else None) or "{}")
 
 
-def wait() -> None:
-    """Return when the server answers /health."""
-    end = time.monotonic() + WAIT_SECONDS
-    while True:
-        try:
-            call("GET", "/health", signed=False)
-            return
-        except OSError as error:
-            if time.monotonic() > end:
-                raise
-            print(f"probe: {URI}/health: {error}; trying again", flush=True)
-            time.sleep(2)
-
-
 def experiment() -> str:
     """Id of the experiment that the check writes to."""
     path = f"experiments/get-by-name?experiment_name={urllib.parse.quote(NAME)}"
     try:
-        return api("GET", path)["experiment"]["experiment_id"]
+        return json.loads(reach("GET", f"/api/2.0/mlflow/{path}"))["experiment"]["experiment_id"]
     except urllib.error.HTTPError as error:
         if error.code != 404:
             raise
@@ -65,11 +68,11 @@ def experiment() -> str:
 
 def main() -> None:
     """Check health, the database, the artifact store and, where there are users, that a stranger is refused."""
-    wait()
-    print("probe: /health answers; MLflow", call("GET", "/version").decode(), flush=True)
+    reach("GET", "/health", signed=False)
+    print("probe: /health answers; MLflow", reach("GET", "/version").decode(), flush=True)
     if os.environ.get("MLFLOW_TRACKING_USERNAME"):
         try:
-            call("POST", "/api/2.0/mlflow/experiments/search", b'{"max_results": 1}', signed=False)
+            reach("POST", "/api/2.0/mlflow/experiments/search", b'{"max_results": 1}', signed=False)
             sys.exit("probe: a request without a password was answered")
         except urllib.error.HTTPError as error:
             if error.code != 401:
