@@ -29,11 +29,13 @@ from dqo.errors import DQOError
 from dqo.recipe import NodeTerm, Recipe
 from dqo.stages.context import NodesJob
 from dqo.stages.preflight import secret_variables
+from dqo.tracking import KUBEFLOW_VARIABLE
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
 CALLS = (
     ("create", GROUP, "trainjobs"),
     ("get", GROUP, "trainjobs"),
+    ("list", GROUP, "trainjobs"),
     ("delete", GROUP, "trainjobs"),
     ("get", "", "pods"),
     ("list", "", "pods"),
@@ -44,7 +46,7 @@ CONTAINER = "node"
 """Trainer's name of the container that trains, and of its job among those of the runtime."""
 _WORKSPACE, _MODELS = "/workspace", "/models"
 _QUEUE = "kueue.x-k8s.io/queue-name"
-_DIGEST = "dqo/manifest-digest"
+_DIGEST, _RUN = "dqo/manifest-digest", "dqo/run"
 _INDEX = "batch.kubernetes.io/job-completion-index"
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 # Variables of the task that hold for its training pods too, see `pipelines.placement`.
@@ -114,6 +116,8 @@ def manifest(job: NodesJob, owner: dict[str, str] | None = None) -> dict[str, An
     if hours is not None:
         spec["activeDeadlineSeconds"] = round(hours * 3600)
     labels = {"app.kubernetes.io/part-of": "dqo", "dqo/stage": job.name, "dqo/stage-key": job.key}
+    if run := os.environ.get(KUBEFLOW_VARIABLE):
+        labels[_RUN] = run
     if resources.queue is not None:
         labels[_QUEUE] = resources.queue
     metadata: dict[str, Any] = {
@@ -215,6 +219,21 @@ def try_out(recipe: Recipe, workspace: Path) -> str:
         DQOError: As the launcher does, or if this is no pod that may talk to its cluster.
     """
     return TrainJobLauncher._of_account(pause=1.0, patience=5.0).try_out(recipe, workspace)
+
+
+def remove_leftovers() -> list[str]:
+    """Remove the training jobs that a Kubeflow run has left behind, with the account of this task's pod.
+
+    A task removes its job at its end; one that was killed before it could has left it to train on unseen.
+
+    Returns:
+        Names of the jobs that were there.
+
+    Raises:
+        DQOError: As the launcher does, or if this is no pod that may talk to its cluster.
+    """
+    run = os.environ.get(KUBEFLOW_VARIABLE)
+    return TrainJobLauncher._of_account(pause=1.0, patience=60.0).remove_of(run) if run else []
 
 
 class TrainJobLauncher:
@@ -453,6 +472,33 @@ class TrainJobLauncher:
             raise DQOError(f"the pods of training job {name} cannot be listed: {_message(error)}") from None
         found: list[Any] = answer.items
         return found
+
+    def remove_of(self, run: str) -> list[str]:
+        """Remove the jobs that a Kubeflow run has started.
+
+        Args:
+            run: The run's id, as `manifest` labels the jobs with it.
+
+        Returns:
+            Their names.
+
+        Raises:
+            DQOError: If the account lacks the right, or Kubernetes stays out of reach.
+        """
+        try:
+            found = self._ask(
+                "list",
+                PLURAL,
+                lambda **options: self._jobs.list_namespaced_custom_object(
+                    label_selector=f"{_RUN}={run}", **self._where, **options
+                ),
+            )
+        except ApiException as error:
+            raise DQOError(f"the training jobs of run {run} cannot be listed: {_message(error)}") from None
+        names = [job["metadata"]["name"] for job in found["items"]]
+        for name in names:
+            self._delete(name)
+        return names
 
     def _delete(self, name: str) -> None:
         try:

@@ -699,6 +699,13 @@ class Registry(_Section):
     gets an alias, and the gate refuses what it compares with."""
 
 
+def holds_credentials(address: str) -> bool:
+    """Whether an address of any scheme names a password, or one of a web server a user."""
+    parts = urlparse(address)
+    user, _, _ = parts.netloc.rpartition("@")
+    return ":" in user or (bool(user) and parts.scheme in ("http", "https"))
+
+
 class Tracking(_Section):
     """Where MLflow is."""
 
@@ -711,10 +718,11 @@ class Tracking(_Section):
     @field_validator("uri")
     @classmethod
     def _holds_no_password(cls, uri: str | None) -> str | None:
-        if uri is not None and "@" in urlparse(uri).netloc and uri.startswith("http"):
+        if uri is not None and holds_credentials(uri):
             raise ValueError(
                 "holds a user name or password, which would be written into reports and compiled pipelines; expected "
-                "http(s)://host:port, with MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD set where it runs"
+                "http(s)://host:port, with MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD set where it runs, or "
+                "for a database null and MLFLOW_TRACKING_URI there"
             )
         return uri
 
@@ -903,11 +911,12 @@ class Resources(_Section):
     @field_validator("environment")
     @classmethod
     def _holds_no_secret(cls, environment: dict[str, str]) -> dict[str, str]:
-        for name in environment:
+        for name, value in environment.items():
             # The value is not repeated: it may be the secret.
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 raise ValueError(f"{name!r} is no name of an environment variable")
-            if re.search(r"(PASSWORD|TOKEN|SECRET|ACCESS_KEY|API_KEY)(_ID)?$", name.upper()):
+            secret = r"(PASSWORD|PASSWD|TOKEN|SECRET|CREDENTIALS|(ACCESS|API|PRIVATE|SECRET)_?KEY)(_ID)?$"
+            if re.search(secret, name.upper()) or holds_credentials(value):
                 raise ValueError(
                     f"{name} would be readable in the compiled pipeline; expected a Secret's name in resources.secrets"
                 )
@@ -1167,6 +1176,11 @@ class Recipe(_Section):
     def warnings(self) -> list[str]:
         """What is allowed but unlikely to be meant, in words."""
         found = []
+        if self.resources.profile == "multi-node" and self.distributed.nodes == 1:
+            found.append(
+                "resources.profile: 'multi-node' with distributed.nodes 1 trains on one node; set distributed.nodes to "
+                "2 or more, or take 'gpu-large'"
+            )
         if self.method.advantage == "centred" and self.method.k == 2 and self.method.alpha > 0:
             found.append(
                 "method: with k = 2 both members have the same bonus, so advantage 'centred' cancels it and alpha has "

@@ -9,6 +9,8 @@ from components.image import IMAGE
 def finish(recipe: str, workspace: str, mlflow_uri: str, status: dsl.PipelineTaskFinalStatus):
     """End the pipeline's MLflow run, and those of stages that were killed, with state, failed task and message.
 
+    Training jobs of several nodes that a killed task could not remove are removed.
+
     Args:
         recipe: The recipe as one JSON string.
         workspace: Folder that outlives the task.
@@ -23,5 +25,12 @@ def finish(recipe: str, workspace: str, mlflow_uri: str, status: dsl.PipelineTas
     from dqo.stages.context import Context
 
     context = Context(parse(recipe), Path(workspace), mlflow_uri)
-    runs = finish.run(context, status.state or "", status.pipeline_task_name or "", status.error_message or "")
-    sys.stdout.write(f"{status.state}: MLflow runs {', '.join(runs) or 'none'}\n")
+    try:
+        if context.recipe.distributed.nodes > 1:
+            from components.trainjob import remove_leftovers
+
+            for name in remove_leftovers():
+                sys.stdout.write(f"removed training job {name}, which its task had left\n")
+    finally:
+        runs = finish.run(context, status.state or "", status.pipeline_task_name or "", status.error_message or "")
+        sys.stdout.write(f"{status.state}: MLflow runs {', '.join(runs) or 'none'}\n")

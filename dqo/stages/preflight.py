@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dqo import rewards, tracking
+from dqo.bundled import identity
 from dqo.errors import DQOError
 from dqo.judges.prompt import load_prompt
 from dqo.recipe import Policy, Recipe, Resources
@@ -79,13 +80,15 @@ def run(
         checks.append(("Judge", lambda: _judge(recipe)))
     if recipe.rl.rollout.server_base_url:
         checks.append(("vLLM server", lambda: _vllm(recipe)))
-    # Last, since importing the libraries that read models takes the longest.
     checks += [
         ("Tokenizer", lambda: _tokenizer(recipe.policy)),
         ("Policy", lambda: _configuration("policy.model", recipe.policy.model, recipe.policy.revision)),
         ("Encoder", lambda: _encoder(recipe)),
         ("Reward", lambda: _reward(recipe)),
     ]
+    # On a slow node the libraries that read models take longer to import than a check may: that is no check's fault.
+    import dqo.policy  # noqa: F401
+
     found = [*carry_out(checks), capacity(recipe.resources, nodes, quotas, recipe.distributed.nodes)]
     marks = {"ok": "ok", "failed": "FAILED", "unknown": "not checked"}
     for check in found:
@@ -303,8 +306,15 @@ def _get(url: str, field: str, headers: dict[str, str]) -> tuple[int, bytes]:
 def _tokenizer(policy: Policy) -> str:
     from dqo.policy import load_tokenizer
 
+    if policy.model.startswith("bundled:"):
+        return _bundled("policy.model", policy.model)
     tokenizer = load_tokenizer(policy)
     return f"policy.model {policy.model!r}: {len(tokenizer)} tokens, with a chat template"
+
+
+def _bundled(field: str, model: str) -> str:
+    """A bundled model's package is all that can be missing; to unpack it would take longer than a check may."""
+    return f"{field} {model!r}: {identity(model)}"
 
 
 def _configuration(field: str, model: str, revision: str | None) -> str:
@@ -312,6 +322,8 @@ def _configuration(field: str, model: str, revision: str | None) -> str:
 
     from dqo.bundled import locate
 
+    if model.startswith("bundled:"):
+        return _bundled(field, model)
     location = locate(model, revision)
     try:
         kind = AutoConfig.from_pretrained(location.load, revision=location.hub_revision).model_type

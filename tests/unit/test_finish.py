@@ -1,11 +1,14 @@
 """The exit handler against a real MLflow store: every way a pipeline can end."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import pytest
 
 from dqo import tracking
+from dqo.errors import DQOError
 from dqo.recipe import Recipe, parse
 from dqo.stages import finish
 from dqo.stages.context import Context
@@ -77,6 +80,24 @@ def test_a_failure_outside_of_all_stages_keeps_kubeflows_words(pipeline):
     pipeline.prepare()
     finish.run(pipeline.context, "FAILED", "dqo-sft", "ImagePullBackOff")
     assert pipeline.ended() == ("FAILED", {"state": "FAILED", "task": "dqo-sft", "error": "ImagePullBackOff"})
+
+
+def test_mlflow_learns_of_the_end_where_training_jobs_cannot_be_looked_for(pipeline, monkeypatch):
+    """Jobs go first, for the sake of their GPUs; here is no cluster to ask."""
+    from components.finish.component import finish as component
+
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    pipeline.prepare()
+    content = {
+        "name": pipeline.recipe.name,
+        "distributed": {"nodes": 2, "processes": 2},
+        "resources": {"workspace_claim": "w"},
+    }
+    recipe = parse(json.dumps(content))
+    status = SimpleNamespace(state="CANCELLED", pipeline_task_name="rl", error_message="")
+    with pytest.raises(DQOError, match="several nodes train on a cluster only"):
+        component.python_func(recipe.to_json(), str(pipeline.context.workspace), pipeline.context.mlflow_uri, status)
+    assert pipeline.ended()[0] == "KILLED"
 
 
 def test_cancelled(pipeline):

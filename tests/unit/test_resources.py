@@ -84,6 +84,8 @@ def test_a_filled_in_recipe_is_the_same_one():
         ("{secrets: {tracking: user}, environment: {HF_TOKEN: hf_secret}}", "resources.environment",
          "resources.secrets"),
         ("{environment: {'A B': x}}", "resources.environment", "'A B' is no name"),
+        ("{environment: {MY_SECRET_KEY: hf_secret}}", "resources.environment", "MY_SECRET_KEY would be readable"),
+        ("{environment: {STORE: 'postgresql://ann:hf_secret@db/mlflow'}}", "resources.environment", "STORE would be"),
         ("{secrets: {judge: key}}", "resources.secrets.judge", "judge.api_key_env"),
     ],
 )  # fmt: skip

@@ -21,6 +21,7 @@ from dqo.errors import DQOError
 from dqo.recipe import Recipe, parse
 from dqo.stages import processes
 from dqo.stages.context import NodesJob
+from dqo.tracking import KUBEFLOW_VARIABLE
 
 RECIPE = {
     "name": "wide",
@@ -290,6 +291,10 @@ class Cluster:
                 return self.send(request, 200, self.pods[name])
             self.selectors.update(query["labelSelector"])
             return self.send(request, 200, {"kind": "PodList", "apiVersion": "v1", "items": list(self.pods.values())})
+        if verb == "list":
+            ((label, value),) = (selector.split("=") for selector in query["labelSelector"])
+            items = [job for job in self.jobs.values() if job["metadata"]["labels"].get(label) == value]
+            return self.send(request, 200, {"kind": "TrainJobList", "items": items})
         if verb == "create":
             name = body["metadata"]["name"]
             if read_back(body) != body:
@@ -603,7 +608,27 @@ def test_the_launcher_asks_for_what_the_role_allows_and_for_all_of_it(cluster):
     cluster.pods.clear()
     cluster.add_pod(0, "Succeeded", ["a"])
     start(nodes_job())
+    start.remove_of("run-1")
     assert set(cluster.asked) == set(CALLS)
+
+
+def test_what_a_killed_task_has_left_is_removed_with_the_run(cluster, monkeypatch):
+    start = launcher(cluster.url)
+    for run, stage in (("run-1", "sft"), ("run-1", "rl-dqo"), ("run-2", "sft2")):
+        monkeypatch.setenv(KUBEFLOW_VARIABLE, run)
+        start._create(manifest(nodes_job(name=stage)))
+    monkeypatch.delenv(KUBEFLOW_VARIABLE)
+    start._create(manifest(nodes_job(name="rl-other")))
+    assert {job["metadata"]["labels"].get("dqo/run") for job in cluster.created} == {"run-1", "run-2", None}
+    assert sorted(start.remove_of("run-1")) == sorted(job_name(nodes_job(name=name)) for name in ("sft", "rl-dqo"))
+    assert set(cluster.jobs) == {job_name(nodes_job(name=name)) for name in ("sft2", "rl-other")}
+    assert start.remove_of("run-1") == []
+
+
+def test_a_job_left_behind_that_may_not_be_listed_is_told(cluster):
+    cluster.refusals["list", "trainjobs"] = [(403, "forbidden")]
+    with pytest.raises(DQOError, match="may not list trainjobs"):
+        launcher(cluster.url).remove_of("run-1")
 
 
 # --- what the stage makes of a failure ---
