@@ -40,7 +40,7 @@ def promote(
     Args:
         name: Registered model.
         version: Its number, or an alias that it holds.
-        recipe: File whose gate is applied; `None` for that of the version's own recipe.
+        recipe: File whose gate and demands on the judge's audit are applied; `None` for those of the version's recipe.
         force: Why it is to be champion all the same.
         out: Folder given to `dqo run`.
         uri: MLflow's address.
@@ -48,13 +48,15 @@ def promote(
     Raises:
         DQOError: As `promotion.promote`, or if the recipe or the store cannot be read.
     """
-    gate = None if recipe is None else load(recipe).gate
+    given = None if recipe is None else load(recipe)
     from dqo import promotion
 
     client = tracking.client_of(stores.require(out, uri), "promoted")
     if not version.isdecimal():
         version = str(runs.version_of(client, f"{name}@{version}", f"{name}@{version}").version)
-    done = promotion.promote(client, name, version, gate, force, waiting=_wait)
+    gate = None if given is None else given.gate
+    demands = None if given is None or given.judge is None else given.judge.audit
+    done = promotion.promote(client, name, version, gate, force, waiting=_wait, demands=demands)
     console = Console(highlight=False)
     for reason in done.gate.reasons if done.gate is not None else [f"no evaluation: {done.gate_missing}"]:
         console.print(Text(f"  gate: {reason}"), soft_wrap=True)

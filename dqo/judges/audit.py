@@ -94,7 +94,7 @@ class Audit:
     @property
     def faults(self) -> list[str]:
         """The reasons that speak against the judge: demands that it has not met, answers that are missing."""
-        return [reason for reason in self.reasons if _MET not in reason]
+        return faults_of(self.reasons)
 
     @property
     def problems(self) -> list[str]:
@@ -346,6 +346,11 @@ def decide(found: Measures, demands: JudgeAudit, pairs: int) -> tuple[bool, list
             f"({demand.wanted} {demand.limit:g})"
         )
     return passed, reasons
+
+
+def faults_of(reasons: Sequence[str]) -> list[str]:
+    """Of the sentences of `decide`, those that speak against the judge."""
+    return [reason for reason in reasons if _MET not in reason]
 
 
 def require(path: Path, judge: Identity, demands: JudgeAudit) -> Audit:

@@ -232,7 +232,7 @@ def _measure(
     if judged is not None:
         document["judge"] = judged.document()
         judged.write(output)
-    gate = decide(recipe.gate, document)
+    gate = decide(recipe.gate, document, demands=recipe.judge.audit if recipe.judge is not None else None)
     document["gate"] = asdict(gate)
     write_text(output / "evaluation.json", json.dumps(document, indent=1, allow_nan=False) + "\n")
     runs = {name: checkpoint.mlflow_run_id for name, checkpoint in cards.items()}

@@ -52,10 +52,17 @@ def run(
         experiment = tracking.connect(recipe, context.mlflow_uri)
         with tracking.child_run(context.parent_run_id, "register", "register", key) as run_:
             if not folder.finished:
+                demands = recipe.judge.audit if recipe.judge is not None else None
                 # Before it, so that the newest version of a pipeline is the one that stands for promotion.
                 baselines = {
                     other.model: _register(
-                        context, other, path, result, decide(recipe.gate, result, other.model), pipeline_run, False
+                        context,
+                        other,
+                        path,
+                        result,
+                        decide(recipe.gate, result, other.model, demands),
+                        pipeline_run,
+                        False,
                     )[0]
                     for other, path in beside
                 }
