@@ -4,14 +4,8 @@ import json
 import math
 import os
 import random
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +21,7 @@ from dqo.judges.agreement import kappa
 from dqo.judges.audit import Audit, Measures, audit, decide, measure, require
 from dqo.judges.labelled import LabelledPair, LabelledSet, read_labelled
 from dqo.judges.prompt import load_prompt
-from dqo.recipe import Judge, JudgeAudit, load_judge
+from dqo.recipe import JudgeAudit, load_judge
 from pipelines.cli import _parser
 
 ROOT = Path(__file__).parents[2]
@@ -492,83 +486,3 @@ def test_the_command_refuses_mistakes_before_it_asks(tmp_path: Path):
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr == f"dqo: {tmp_path / 'no.yaml'}: no such recipe file\n"
         assert server.count == 0
-
-
-# --- a real server and a real model ---
-
-# Short, for a processor: the shipped prompt is four times as long.
-SHORT = {
-    "name": "short",
-    "version": 1,
-    "mode": "pairwise",
-    "system": "",
-    "user": "{{ question }}\n{{ response_a }}\n{{ response_b }}\nWhich response is better, A or B? Reply with JSON "
-    'like {"reasons": "It is correct.", "verdict": "A"}',
-    "reminder": "Reply with the JSON alone.",
-}
-
-
-@contextmanager
-def transformers_serve(model: str, log: Path) -> Iterator[str]:
-    """`transformers serve` on a free port of loopback; the address of its API."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [Path(sys.executable).with_name("transformers"), "serve", model, "--device", "cpu", "--dtype", "float32"]
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            [*map(str, command), "--host", "127.0.0.1", "--port", str(port)],
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        deadline = time.monotonic() + 300
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        while True:
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            try:
-                opener.open(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                time.sleep(0.3)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(timeout=15)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-@pytest.mark.slow
-def test_a_model_of_135m_behind_a_real_server_is_no_judge(tmp_path: Path):
-    """Everything but the judge is good enough: the audit has to say so. Nothing is asserted of single verdicts."""
-    from dqo.bundled import locate
-
-    model = locate("bundled:smollm2-135m-instruct").load
-    (tmp_path / "short.yaml").write_text(json.dumps(SHORT))
-    chosen = [next(one for one in SHIPPED.pairs if one.kind == kind) for kind in ("plain", "injection")]
-    few = LabelledSet("few", "0" * 12, chosen)
-    with transformers_serve(model, tmp_path / "log") as address:
-        judge = Judge(
-            endpoint=address,
-            model=model,
-            prompt=str(tmp_path / "short.yaml"),
-            max_tokens=12,
-            max_concurrency=1,
-            timeout=300,
-            cache=str(tmp_path / "cache"),
-        )
-        found = audit(build(judge), few, DEMANDS)
-        again = audit(build(judge), few, DEMANDS)
-    print(found.reasons, found.problems, found.pairs)
-    assert not found.passed
-    assert found.measures.missing == 0
-    # Two pairs, two orders, two repeats, and once more for each answer that could not be read.
-    assert 8 <= found.requests <= 16
-    assert (again.requests, again.measures) == (0, found.measures)
-    assert all(comparison["reasons"] for pair in found.pairs for comparison in pair["repeats"])
-    # Greedy: what is asked again is answered the same.
-    assert found.measures.repeat_consistency == 1.0
