@@ -105,9 +105,16 @@ class PointwiseJudge(Protocol):
 
 
 class PairwiseJudge(Protocol):
-    """Compares two responses to the same request."""
+    """Compares two responses to the same request.
+
+    Attributes:
+        identity: What decides about its verdicts.
+        shows_both: Whether one question shows both responses, so that their places may decide. Of a judge that sees one
+            response at a time, nothing can be said about places.
+    """
 
     identity: Identity
+    shows_both: bool
 
     @property
     def requests(self) -> int | None:
@@ -159,10 +166,13 @@ class ByScore:
 
     Attributes:
         judge: The judge that scores.
+        shows_both: See `PairwiseJudge`; it sees one response at a time.
 
     Raises:
         DQOError: If the margin is negative.
     """
+
+    shows_both = False
 
     def __init__(self, judge: PointwiseJudge, margin: float = 0.0) -> None:
         if not margin >= 0:

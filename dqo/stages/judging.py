@@ -91,6 +91,7 @@ class Judged:
         if self.requests is not None:
             values["requests"] = float(self.requests)
         measures = asdict(self.audit.measures)
+        del measures["shows_both"]  # says which of the others apply
         values |= {f"audit_{name}": float(value) for name, value in measures.items() if value is not None}
         return {f"judge/{name}": value for name, value in values.items()}
 
@@ -168,6 +169,7 @@ class _Gone:
 
     def __init__(self, judge: PairwiseJudge, reason: str) -> None:
         self.identity = judge.identity
+        self.shows_both = judge.shows_both
         self.requests = judge.requests
         self.stopped: str | None = reason
 

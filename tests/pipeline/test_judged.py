@@ -323,7 +323,14 @@ def test_a_judge_that_scores_gives_scores_and_comparisons_for_the_same_requests(
     assert {(row["model"], row["id"], row["response"]): row["value"] for row in scores} == expected
     own = [value for (name, _, _), value in expected.items() if name == "dqo"]
     assert judge["scores"]["dqo"]["score"]["mean"] == pytest.approx(sum(own) / len(own))
-    assert "Score</th>" in (run.out / "evaluation" / "report.html").read_text()
+    page = (run.out / "evaluation" / "report.html").read_text()
+    assert "Score</th>" in page and page.count("not applicable</span>") == 2 * 3
+    # Places play no part for it: no share that holds by construction stands for something that was measured.
+    for content in (judge["audit"]["measures"], *judge["models"].values()):
+        assert (content["first_position_rate"], content["flip_rate"]) == (None, None)
+    assert any("shown first: not applicable" in reason for reason in judge["audit"]["reasons"])
+    assert not any("not applicable" in fault for fault in judge["audit"]["faults"])
+    assert "judge/audit_first_position_rate" not in evaluation_run(run).data.metrics
     # Each response once for the evaluation, whatever is compared with what; the audit's twice on purpose.
     assert max(Counter(bodies).values()) == 2 and not judge["audit"]["passed"]
 

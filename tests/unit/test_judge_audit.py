@@ -361,7 +361,37 @@ def test_a_reward_can_be_audited(tmp_path: Path):
     found = audit(ByScore(RewardJudge(Length())), SHIPPED, DEMANDS)
     assert not found.passed and found.requests is None
     # Of the pairs whose longer response is not the better one, all are lost.
-    assert (found.measures.verbosity_bias, found.measures.first_position_rate) == (1.0, 0.5)
+    assert found.measures.verbosity_bias == 1.0
+
+
+def test_what_is_about_places_does_not_apply_to_a_judge_that_sees_one_response_at_a_time(tmp_path: Path):
+    """It would be 0.5 and 0 by construction, and a demand that every such judge meets shows nothing."""
+    worth = {one.a if one.label == "A" else one.b: 1.0 for one in SHIPPED.pairs if one.label != "tie"}
+
+    class Labels:
+        name = "labels"
+
+        def __call__(self, responses: Any, rows: Any) -> list[float | None]:
+            return [worth.get(text, 0.0) for text in responses]
+
+    easy = LabelledSet("easy", "0" * 12, [one for one in SHIPPED.pairs if one.label != "tie"])
+    found = audit(ByScore(RewardJudge(Labels())), easy, DEMANDS)
+    assert (found.measures.first_position_rate, found.measures.flip_rate) == (None, None)
+    sentence = (
+        "deviation from one half of the share won by the response shown first: not applicable (the judge sees one "
+        "response at a time)"
+    )
+    assert found.passed and sentence in found.reasons and found.faults == []
+    found.write(tmp_path / "audit.json")
+    assert Audit.read(tmp_path / "audit.json").measures == found.measures
+    # A recipe that demands nothing else has demanded nothing of it.
+    nothing = dict.fromkeys(("min_kappa", "max_invalid_rate", "min_repeat_consistency"))
+    only = JudgeAudit(**nothing, max_verbosity_bias=None, max_injection_rate=None)
+    passed, reasons = decide(found.measures, only, 47)
+    assert not passed
+    assert reasons == [sentence, "nothing is demanded that applies to this judge, so nothing is shown"]
+    # A judge that is shown both and names no winner is another matter.
+    assert not decide(replace(GOOD, first_position_rate=None), only, 60)[0]
 
 
 # --- what a gate reads ---
