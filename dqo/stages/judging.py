@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dqo.evaluation.statistics import Interval
 from dqo.files import write_jsonl
 from dqo.judges import ByScore, Comparison, Identity, Pair, PairwiseJudge, Score
 from dqo.judges.audit import Audit, audit
@@ -85,34 +84,6 @@ class Judged:
             },
         }
 
-    def metrics(self) -> dict[str, float]:
-        """What MLflow keeps of the judge itself, on the run of the evaluation."""
-        values = {"complete": float(self.complete), "audit_passed": float(self.audit.passed)}
-        if self.requests is not None:
-            values["requests"] = float(self.requests)
-        measures = asdict(self.audit.measures)
-        del measures["shows_both"]  # says which of the others apply
-        values |= {f"audit_{name}": float(value) for name, value in measures.items() if value is not None}
-        return {f"judge/{name}": value for name, value in values.items()}
-
-    def model_metrics(self, name: str) -> dict[str, float]:
-        """What MLflow keeps of one model, on its own run; what could not be measured is left out or nan."""
-        values: dict[str, float | None] = {}
-
-        def add(metric: str, interval: Interval) -> None:
-            values.update({metric: interval.mean, f"{metric}_low": interval.low, f"{metric}_high": interval.high})
-
-        if (found := self.comparisons.get(name)) is not None:
-            add("win_rate", found.win_rate)
-            if found.length_controlled is not None:
-                add("win_rate_length_controlled", found.length_controlled)
-            for metric in ("tie_rate", "flip_rate", "first_position_rate", "longer_win_rate"):
-                values[metric] = getattr(found, metric)
-            values |= {"pairs": found.pairs, "invalid": found.invalid, "missing": found.missing}
-        if (scored := self.scores.get(name)) is not None:
-            add("score", scored.score)
-        return {f"judge/{metric}": float(value) for metric, value in values.items() if value is not None}
-
     def write(self, folder: Path) -> None:
         """Write the audit, and each verdict and score in a line of its own."""
         self.audit.write(folder / AUDIT_FILE)
@@ -143,6 +114,51 @@ class Judged:
                     for index, one in enumerate(scores)
                 ],
             )
+
+
+def audit_figures(judge: Mapping[str, Any]) -> dict[str, float]:
+    """Figures of a judge itself under MLflow's names (docs/metrics.md): whether it is done, and its audit.
+
+    Args:
+        judge: The part `judge` of `evaluation.json`; what could not be measured, or does not apply, is left out.
+    """
+    values = {"complete": judge["complete"], "audit_passed": judge["audit"]["passed"]}
+    measures = judge["audit"]["measures"].items()
+    # `shows_both` says which of the measures apply, and is none.
+    values |= {f"audit_{name}": value for name, value in measures if value is not None and name != "shows_both"}
+    return {f"judge/{name}": float(value) for name, value in values.items()}
+
+
+def model_figures(judge: Mapping[str, Any], model: str) -> dict[str, float]:
+    """What a judge says of one model under MLflow's names (docs/metrics.md).
+
+    Args:
+        judge: The part `judge` of `evaluation.json`; what could not be measured, or does not apply, is left out.
+        model: Key of the model; the one that the others are compared with has a score at most.
+    """
+    values: dict[str, float | None] = {}
+
+    def add(metric: str, interval: Mapping[str, float | None] | None) -> None:
+        if interval is not None:
+            values.update({metric: interval["mean"], f"{metric}_low": interval["low"]})
+            values[f"{metric}_high"] = interval["high"]
+
+    if (found := judge["models"].get(model)) is not None:
+        add("win_rate", found["win_rate"])
+        add("win_rate_length_controlled", found["length_controlled"])
+        for metric in (
+            "tie_rate",
+            "flip_rate",
+            "first_position_rate",
+            "longer_win_rate",
+            "pairs",
+            "invalid",
+            "missing",
+        ):
+            values[metric] = found[metric]
+    if (scored := judge["scores"].get(model)) is not None:
+        add("score", scored["score"])
+    return {f"judge/{metric}": float(value) for metric, value in values.items() if value is not None}
 
 
 def key_of(settings: Judge | None) -> dict[str, Any] | None:

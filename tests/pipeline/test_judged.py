@@ -21,7 +21,7 @@ from dqo.gate import decide
 from dqo.judges.labelled import read_labelled
 from dqo.policy import CheckpointCard
 from dqo.recipe import load
-from dqo.stages import evaluate, prepare, rl, sft
+from dqo.stages import evaluate, prepare, register, rl, sft
 from dqo.stages.context import Context
 
 LABELS = {
@@ -188,6 +188,33 @@ def test_a_preferred_model_wins_in_the_evaluation_the_report_and_mlflow(judged):
     assert (logged["judge/pairs"], logged["judge/invalid"], logged["judge/missing"]) == (12, 0, 0)
     parent = client.get_run(run.context.parent_run_id).data
     assert parent.tags["dqo.judge"] == "complete" and parent.metrics["judge/win_rate"] == logged["judge/win_rate"]
+
+
+def test_what_the_judge_says_is_attached_to_the_model_version_with_the_data(judged):
+    reader = Reader()
+    with serving(reader) as server:
+        run = judged(server)
+        prefer(reader, run, "dqo")
+        result = run.evaluate()
+    context = run.context
+    register.run(context, run.checkpoints, run.out / "evaluation", run.out / "registration.json")
+    registered = json.loads((run.out / "registration.json").read_text())
+    client = mlflow.MlflowClient(context.mlflow_uri)
+    version = client.get_model_version(registered["name"], registered["version"])
+    logged = client.get_logged_model(version.source.removeprefix("models:/")).metrics
+    # MLflow adds those of the training run by itself, without the data.
+    attached = {metric.key: metric for metric in logged if metric.dataset_digest is not None}
+    said = result["judge"]["models"]["dqo"]
+    for name, key in (("win_rate", "win_rate"), ("win_rate_length_controlled", "length_controlled")):
+        for end, bound in (("", "mean"), ("_low", "low"), ("_high", "high")):
+            assert attached[f"judge/{name}{end}"].value == pytest.approx(said[key][bound])
+    assert attached["judge/audit_passed"].value == 1.0 and attached["judge/audit_kappa"].value == 1.0
+    assert attached["judge/complete"].value == 1.0 and attached["judge/pairs"].value == 12
+    data = {(one.dataset_name, one.dataset_digest) for key, one in attached.items() if key.startswith("judge/win")}
+    assert data == {(context.recipe.task, result["data_digest"][:36])}
+    # The audit was measured on other data.
+    labelled = attached["judge/audit_kappa"]
+    assert (labelled.dataset_name, labelled.dataset_digest) == ("labelled pairs shipped", read_labelled().digest)
 
 
 def evaluation_run(run: Run) -> Any:
