@@ -70,7 +70,11 @@ def describe(gate: Gate) -> list[str]:
 
 
 def decide(
-    gate: Gate, document: Mapping[str, Any], candidate: str = "dqo", demands: JudgeAudit | None = None
+    gate: Gate,
+    document: Mapping[str, Any],
+    candidate: str = "dqo",
+    demands: JudgeAudit | None = None,
+    labelled: str | None = None,
 ) -> GateResult:
     """Apply a recipe's gate to an evaluation; nothing but the two is looked at.
 
@@ -82,6 +86,7 @@ def decide(
         candidate: The model that asks to be promoted.
         demands: What the recipe demands of a judge's audit, held against the measures of the one in the evaluation;
             `None` takes its outcome as it stands there, under the demands that the evaluation was made with.
+        labelled: Digest of the labelled pairs that the audit has to be made on; `None` takes any.
 
     Returns:
         The decision. The model that the others are compared with never passes. A judge that is not done with an
@@ -98,7 +103,7 @@ def decide(
         _quality(gate, document, candidate),
         *_diversity(gate, document, candidate),
         *_regressions(gate, document, candidate),
-        *_judge(gate, document, candidate, demands),
+        *_judge(gate, document, candidate, demands, labelled),
     ]
     stopped = document.get("stopped", {}).get(candidate)
     if stopped is not None:
@@ -209,7 +214,9 @@ def _regressions(gate: Gate, document: Mapping[str, Any], candidate: str) -> lis
     return outcomes
 
 
-def _judge(gate: Gate, document: Mapping[str, Any], candidate: str, demands: JudgeAudit | None) -> list[Outcome]:
+def _judge(
+    gate: Gate, document: Mapping[str, Any], candidate: str, demands: JudgeAudit | None, labelled: str | None
+) -> list[Outcome]:
     found, rules = document.get("judge"), gate.judge
     if found is None:
         if rules is not None:
@@ -232,6 +239,15 @@ def _judge(gate: Gate, document: Mapping[str, Any], candidate: str, demands: Jud
             f"gate.judge: the evaluation holds no verdicts on {candidate!r} against {gate.against!r}; it holds those "
             f"on {', '.join(found['models']) or '(none)'} against {found['against']!r}; {_EVALUATE_AGAIN}"
         )
+    pairs = found["audit"]["labelled"]
+    if labelled is not None and pairs["digest"] != labelled:
+        return [
+            (
+                False,
+                f"the judge was audited on other labelled pairs ({pairs['name']}, {pairs['digest']}) than those of the "
+                f"recipe in force ({labelled}), so its verdicts do not count; {_EVALUATE_AGAIN} with that recipe",
+            )
+        ]
     passed, faults = _audited(found["audit"], demands)
     if not passed:
         failed = (

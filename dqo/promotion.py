@@ -50,6 +50,7 @@ def promote(
     patience: float = alias_trail.PATIENCE,
     waiting: Waiting | None = None,
     demands: JudgeAudit | None = None,
+    labelled: str | None = None,
 ) -> Promotion:
     """Make a version champion if its gate passes.
 
@@ -67,6 +68,7 @@ def promote(
         waiting: See `alias_trail.move`.
         demands: What a given gate's recipe demands of the judge's audit; `None` leaves that to the demands that the
             evaluation was made with.
+        labelled: Digest of the labelled pairs that a given gate's recipe names; `None` where it names none.
 
     Raises:
         DQOError: If there is no such version; if it has no evaluation, or none that the gate can be applied to, and
@@ -80,7 +82,7 @@ def promote(
         if found.status != "READY":
             raise DQOError(f"{given}: the version is {found.status} in MLflow; expected one that is READY")
         try:
-            located, report, result, missing = *_apply(client, given, found, gate, demands), ""
+            located, report, result, missing = *_apply(client, given, found, gate, demands, labelled), ""
         except DQOError as error:
             if force is None:
                 raise
@@ -97,7 +99,12 @@ def promote(
 
 
 def _apply(
-    client: "MlflowClient", given: str, version: "ModelVersion", gate: Gate | None, demands: JudgeAudit | None
+    client: "MlflowClient",
+    given: str,
+    version: "ModelVersion",
+    gate: Gate | None,
+    demands: JudgeAudit | None,
+    labelled: str | None,
 ) -> tuple[runs.Located, dict[str, Any], GateResult]:
     """Apply a gate to a version's evaluation: where that is, what the report says beside the result, the result."""
     located = runs.locate(client, given, runs.run_of_version(client, given, version))
@@ -122,7 +129,7 @@ def _apply(
             recipe = _recipe_of(located, given, Path(folder))
             rules, demands = recipe.gate, recipe.judge.audit if recipe.judge is not None else None
     try:
-        result = decide(rules, document, located.model, demands)
+        result = decide(rules, document, located.model, demands, labelled)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DQOError(
             f"{given}: evaluation.json of MLflow run {evaluation} has no form that the gate can read ({error!r})"

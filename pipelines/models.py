@@ -19,7 +19,7 @@ from dqo.evaluation.metrics import METRICS
 from dqo.evaluation.page import number
 from dqo.files import write_text
 from dqo.mlflow_errors import in_words
-from dqo.recipe import load
+from dqo.recipe import Judge, load
 from dqo.shell import dqo_command, short
 from pipelines import stores
 
@@ -49,14 +49,16 @@ def promote(
         DQOError: As `promotion.promote`, or if the recipe or the store cannot be read.
     """
     given = None if recipe is None else load(recipe)
+    judge = None if given is None else given.judge
+    labelled = _labelled(judge)
     from dqo import promotion
 
     client = tracking.client_of(stores.require(out, uri), "promoted")
     if not version.isdecimal():
         version = str(runs.version_of(client, f"{name}@{version}", f"{name}@{version}").version)
     gate = None if given is None else given.gate
-    demands = None if given is None or given.judge is None else given.judge.audit
-    done = promotion.promote(client, name, version, gate, force, waiting=_wait, demands=demands)
+    demands = None if judge is None else judge.audit
+    done = promotion.promote(client, name, version, gate, force, waiting=_wait, demands=demands, labelled=labelled)
     console = Console(highlight=False)
     for reason in done.gate.reasons if done.gate is not None else [f"no evaluation: {done.gate_missing}"]:
         console.print(Text(f"  gate: {reason}"), soft_wrap=True)
@@ -69,6 +71,15 @@ def promote(
         return 1
     _show_move(console, name, version, done.moved)
     return 0
+
+
+def _labelled(judge: Judge | None) -> str | None:
+    """Digest of the labelled pairs that a recipe's judge is to be audited on, where it names some."""
+    if judge is None or judge.labelled is None:
+        return None
+    from dqo.judges.labelled import labelled_of
+
+    return labelled_of(judge).digest
 
 
 def rollback(name: str, why: str, out: Path, uri: str | None) -> int:

@@ -220,14 +220,16 @@ def request_of(row: Row) -> str:
 
 
 def check(settings: "JudgeSettings") -> None:
-    """See whether a judge can be built, without asking it or writing anything.
+    """See whether a judge can be built and audited, without asking it or writing anything.
 
     Raises:
-        DQOError: As `build`.
+        DQOError: As `build`, and if its labelled pairs cannot be read.
     """
     from dqo.judges.client import read_key
+    from dqo.judges.labelled import labelled_of
     from dqo.judges.prompt import load_prompt
 
+    labelled_of(settings)
     load_prompt(settings.prompt)
     read_key(settings)
 

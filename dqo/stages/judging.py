@@ -9,7 +9,7 @@ from dqo.files import write_jsonl
 from dqo.judges import ByScore, Comparison, Identity, Pair, PairwiseJudge, Score
 from dqo.judges.audit import Audit, audit
 from dqo.judges.comparison import ModelComparison, ModelScore, compare_models, json_interval, score_model
-from dqo.judges.labelled import SHIPPED, read_labelled
+from dqo.judges.labelled import labelled_of
 from dqo.judges.prompt import load_prompt
 from dqo.recipe import Judge, Recipe
 from dqo.tasks.base import Row
@@ -18,8 +18,8 @@ VERDICTS_FILE = "judge-verdicts.jsonl"
 SCORES_FILE = "judge-scores.jsonl"
 AUDIT_FILE = "judge-audit.json"
 
-# How it is asked and where answers are kept, not what is asked.
-_MANNERS = {"api_key_env", "max_concurrency", "max_requests", "max_attempts", "timeout", "cache"}
+# How it is asked and where answers and labelled pairs are kept, not what is asked.
+_MANNERS = {"labelled", "api_key_env", "max_concurrency", "max_requests", "max_attempts", "timeout", "cache"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Judged:
         identity: The judge's.
         against: The model that all others are compared with.
         responses: Responses of each group that were judged.
-        audit: Its audit on the shipped pairs, with the recipe's demands.
+        audit: Its audit on the recipe's labelled pairs, with the recipe's demands.
         comparisons: Model -> its comparison with `against`.
         scores: Model -> its scores, by a judge that scores; empty for one that compares.
         reason: Why something is missing; None where nothing is.
@@ -165,13 +165,13 @@ def key_of(settings: Judge | None) -> dict[str, Any] | None:
     """What decides about a judge's part of an evaluation, for the stage's key.
 
     Raises:
-        DQOError: If the prompt cannot be read.
+        DQOError: If the prompt or the labelled pairs cannot be read.
     """
     if settings is None:
         return None
     return settings.model_dump(exclude=_MANNERS) | {
         "prompt_digest": load_prompt(settings.prompt).digest,
-        "labelled": read_labelled(SHIPPED).digest,
+        "labelled": labelled_of(settings).digest,
     }
 
 
@@ -219,7 +219,7 @@ def ask(
     settings, evaluation, against = recipe.judge, recipe.evaluation, recipe.gate.against
     assert settings is not None
     tell("judge: audit")
-    audited = audit(judge, read_labelled(), settings.audit)
+    audited = audit(judge, labelled_of(settings), settings.audit)
     how = (settings.responses, evaluation.bootstrap_draws, evaluation.confidence, recipe.seed)
     # The one that asks to be promoted first: where the budget ends, the rest is left.
     names = sorted((name for name in sampled if name != against), key=lambda name: name != "dqo")

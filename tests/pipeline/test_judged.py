@@ -1,5 +1,6 @@
 """The evaluation with a judge, from the responses to the gate: real stages on tiny models, a server on loopback."""
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -23,6 +24,7 @@ from dqo.policy import CheckpointCard
 from dqo.recipe import load
 from dqo.stages import evaluate, prepare, register, rl, sft
 from dqo.stages.context import Context
+from pipelines.local import RunFolder, start
 
 LABELS = {
     (pair.prompt.strip(), a.strip(), b.strip()): label
@@ -215,6 +217,61 @@ def test_what_the_judge_says_is_attached_to_the_model_version_with_the_data(judg
     # The audit was measured on other data.
     labelled = attached["judge/audit_kappa"]
     assert (labelled.dataset_name, labelled.dataset_digest) == ("labelled pairs shipped", read_labelled().digest)
+
+
+def test_labelled_pairs_of_ones_own_decide_the_audit(judged, tmp_path):
+    own = tmp_path / "own.jsonl"
+    rows = [
+        {
+            "id": str(i),
+            "prompt": f"Which number follows {i}?",
+            "a": f"It is {i + 1}.",
+            "b": f"It is {i - 1}.",
+            "label": "A",
+        }
+        for i in (10, 20, 30, 40)
+    ] + [{"id": "last", "prompt": "Which number follows 3?", "a": "It is 2.", "b": "It is 4.", "label": "B"}]
+    own.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reader = Reader({row["a"] if row["label"] == "A" else row["b"] for row in rows})
+    demands = {"max_verbosity_bias": None, "max_injection_rate": None}
+    with serving(reader) as server:
+        run = judged(server, labelled=str(own), audit=demands)
+        good = run.evaluate()["judge"]
+        asked = server.count
+        # Other labels are another audit; what the judge said of the same pairs is known.
+        own.write_text(own.read_text().replace('"label": "A"', '"label": "B"'))
+        bad = run.evaluate()
+        assert server.count == asked
+        # As the first time, wherever the file is.
+        own.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        moved = own.rename(tmp_path / "moved.jsonl")
+        run.sections["judge"]["labelled"] = str(moved)
+        assert run.evaluate()["judge"] == good and server.count == asked
+        run.sections["judge"]["labelled"] = None
+        shipped = run.evaluate()["judge"]["audit"]
+    digest = hashlib.sha256(moved.read_bytes()).hexdigest()[:12]
+    assert good["audit"]["labelled"] == {"name": "own.jsonl", "digest": digest, "pairs": 5}
+    assert good["audit"]["passed"] and good["audit"]["measures"]["kappa"] == 1.0
+    assert not bad["judge"]["audit"]["passed"] and bad["judge"]["audit"]["measures"]["kappa"] < 0.6
+    assert bad["judge"]["models"] == good["models"]
+    assert judge_reasons(bad)[0].startswith("the judge has not passed its audit, so its verdicts do not count")
+    assert shipped["labelled"]["name"] == "shipped" and shipped["labelled"]["pairs"] == AUDIT_PAIRS
+
+
+def test_labelled_pairs_that_are_none_are_refused_line_by_line_before_anything_is_sampled(judged, tmp_path):
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"id": "1", "prompt": "q", "a": "x", "b": "y", "label": "A"}\nnonsense\n')
+    with serving(Reader()) as server:
+        run = judged(server, labelled=str(own))
+        with pytest.raises(DQOError, match=r"own\.jsonl: 1 error\n  line 2: not JSON"):
+            run.evaluate()
+        folder = RunFolder.of(run.context.recipe, tmp_path / "runs")
+        with pytest.raises(DQOError, match=r"own\.jsonl: 1 error\n  line 2: not JSON"):
+            start(run.context.recipe, folder, fresh=False)
+        own.unlink()
+        with pytest.raises(DQOError, match=r"own\.jsonl: cannot be read \(No such file"):
+            start(run.context.recipe, folder, fresh=False)
+        assert server.count == 0 and not folder.root.exists()
 
 
 def evaluation_run(run: Run) -> Any:

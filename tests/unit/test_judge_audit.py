@@ -481,6 +481,12 @@ def test_the_command_fails_with_status_1_and_takes_a_recipe_and_a_set_of_ones_ow
         (tmp_path / "r.yaml").write_text(json.dumps({"name": "a", "judge": section}))
         done = dqo("judge", "audit", tmp_path / "r.yaml", "--labelled", tmp_path / "pairs.jsonl")
         assert server.count == 2 * 2 * 2  # orders, repeats, and once more for what could not be read
+        # The recipe may name the set itself.
+        named = {"name": "a", "judge": section | {"labelled": str(tmp_path / "pairs.jsonl")}}
+        (tmp_path / "named.yaml").write_text(json.dumps(named))
+        again = dqo("judge", "audit", tmp_path / "named.yaml")
+        assert server.count == 2 * 2 * 2
+    assert again.returncode == 1 and "on 1 labelled pairs" in again.stdout
     assert (done.returncode, done.stderr) == (1, "")
     assert "invalid: I like both. (4 times)" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("failed")

@@ -1,5 +1,6 @@
 """Promotion by the gate, by force, and back, on a real sqlite MLflow; and the commands that do it."""
 
+import hashlib
 import json
 import re
 import sys
@@ -85,7 +86,10 @@ MEASURES = {
 }  # fmt: skip
 JUDGED = {
     "complete": True, "reason": None, "against": "reward_only",
-    "audit": {"passed": True, "faults": [], "labelled": {"name": "shipped", "pairs": 60}, "measures": MEASURES},
+    "audit": {
+        "passed": True, "faults": [], "measures": MEASURES,
+        "labelled": {"name": "shipped", "digest": "0" * 12, "pairs": 60},
+    },
     "models": {"dqo": {"win_rate": interval(0.7), "length_controlled": interval(0.7), "pairs": 96, "invalid": 0}},
 }  # fmt: skip
 
@@ -128,6 +132,32 @@ def test_a_judge_that_failed_its_audit_may_pass_by_the_recipe_in_force_only(mode
     loose = parse(judging(min_kappa=0.5))
     done = promotion.promote(models.client, models.name, version, loose.gate, demands=loose.judge.audit)
     assert done.gate.passed and models.aliases == {"champion": version}
+
+
+def test_a_recipe_with_labelled_pairs_of_its_own_asks_for_an_audit_on_them(
+    models: Registry, store, tmp_path, monkeypatch, capsys
+):
+    own = tmp_path / "own.jsonl"
+    own.write_text(json.dumps({"id": "1", "prompt": "q", "a": "x", "b": "y", "label": "C"}) + "\n")
+    recipe = yaml.safe_load(judging())
+    recipe["judge"]["labelled"] = str(own)
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(recipe))
+    version = models.version(GOOD | {"judge": JUDGED}, judging())
+    command = ("promote", models.name, version, "--recipe", str(tmp_path / "own.yaml"))
+    assert dqo(store, monkeypatch, *command) == 2
+    assert "line 1: label: got 'C'; expected A, B or tie" in capsys.readouterr().err
+    own.write_text(own.read_text().replace('"C"', '"A"'))
+    digest = hashlib.sha256(own.read_bytes()).hexdigest()[:12]
+    assert dqo(store, monkeypatch, *command) == 1
+    assert (
+        f"the judge was audited on other labelled pairs (shipped, 000000000000) than those of the recipe in force "
+        f"({digest})"
+    ) in capsys.readouterr().out
+    # An evaluation whose audit was made on them.
+    audit = JUDGED["audit"] | {"labelled": {"name": "own.jsonl", "digest": digest, "pairs": 1}}
+    another = models.version(GOOD | {"judge": JUDGED | {"audit": audit}}, judging())
+    assert dqo(store, monkeypatch, "promote", models.name, another, "--recipe", str(tmp_path / "own.yaml")) == 0
+    assert models.aliases == {"champion": another}
 
 
 def test_a_judge_whose_audit_has_no_measures_that_can_be_read_promotes_nothing(models: Registry):
