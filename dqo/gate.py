@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from dqo.errors import DQOError
 from dqo.evaluation.metrics import METRICS
 from dqo.evaluation.statistics import Interval, bootstrap_interval, holm, overlap, paired_difference, paired_p_value
-from dqo.recipe import Gate, GateJudge
+from dqo.judges import audit as judge_audit
+from dqo.recipe import Gate, GateJudge, JudgeAudit
 
 Outcome = tuple[bool, str]
 """Whether a rule holds, and the sentence that says so."""
@@ -68,7 +69,13 @@ def describe(gate: Gate) -> list[str]:
     return rules
 
 
-def decide(gate: Gate, document: Mapping[str, Any], candidate: str = "dqo") -> GateResult:
+def decide(
+    gate: Gate,
+    document: Mapping[str, Any],
+    candidate: str = "dqo",
+    demands: JudgeAudit | None = None,
+    labelled: str | None = None,
+) -> GateResult:
     """Apply a recipe's gate to an evaluation; nothing but the two is looked at.
 
     Args:
@@ -77,6 +84,9 @@ def decide(gate: Gate, document: Mapping[str, Any], candidate: str = "dqo") -> G
             compare prompt by prompt, its `per_prompt` values; `judge`, where one was asked; and `stopped`, why the
             training of a model was ended before its last step, which no metric makes up for.
         candidate: The model that asks to be promoted.
+        demands: What the recipe demands of a judge's audit, held against the measures of the one in the evaluation;
+            `None` takes its outcome as it stands there, under the demands that the evaluation was made with.
+        labelled: Digest of the labelled pairs that the audit has to be made on; `None` takes any.
 
     Returns:
         The decision. The model that the others are compared with never passes. A judge that is not done with an
@@ -93,7 +103,7 @@ def decide(gate: Gate, document: Mapping[str, Any], candidate: str = "dqo") -> G
         _quality(gate, document, candidate),
         *_diversity(gate, document, candidate),
         *_regressions(gate, document, candidate),
-        *_judge(gate, document, candidate),
+        *_judge(gate, document, candidate, demands, labelled),
     ]
     stopped = document.get("stopped", {}).get(candidate)
     if stopped is not None:
@@ -204,7 +214,9 @@ def _regressions(gate: Gate, document: Mapping[str, Any], candidate: str) -> lis
     return outcomes
 
 
-def _judge(gate: Gate, document: Mapping[str, Any], candidate: str) -> list[Outcome]:
+def _judge(
+    gate: Gate, document: Mapping[str, Any], candidate: str, demands: JudgeAudit | None, labelled: str | None
+) -> list[Outcome]:
     found, rules = document.get("judge"), gate.judge
     if found is None:
         if rules is not None:
@@ -227,10 +239,33 @@ def _judge(gate: Gate, document: Mapping[str, Any], candidate: str) -> list[Outc
             f"gate.judge: the evaluation holds no verdicts on {candidate!r} against {gate.against!r}; it holds those "
             f"on {', '.join(found['models']) or '(none)'} against {found['against']!r}; {_EVALUATE_AGAIN}"
         )
-    if not found["audit"]["passed"]:
-        faults = "; ".join(found["audit"]["faults"])
-        return [(False, f"the judge has not passed its audit, so its verdicts do not count: {faults}")]
+    pairs = found["audit"]["labelled"]
+    if labelled is not None and pairs["digest"] != labelled:
+        return [
+            (
+                False,
+                f"the judge was audited on other labelled pairs ({pairs['name']}, {pairs['digest']}) than those of the "
+                f"recipe in force ({labelled}), so its verdicts do not count; {_EVALUATE_AGAIN} with that recipe",
+            )
+        ]
+    passed, faults = _audited(found["audit"], demands)
+    if not passed:
+        failed = (
+            "has passed its audit under other demands and does not meet those of the recipe in force"
+            if found["audit"]["passed"]
+            else "has not passed its audit"
+        )
+        return [(False, f"the judge {failed}, so its verdicts do not count: {'; '.join(faults)}")]
     return [*_verdicts(rules, found["models"][candidate], gate.against)]
+
+
+def _audited(found: Mapping[str, Any], demands: JudgeAudit | None) -> tuple[bool, list[str]]:
+    """Whether a judge has passed its audit, and what speaks against it."""
+    if demands is None:
+        return bool(found["passed"]), list(found["faults"])
+    measures = judge_audit.Measures(**found["measures"])
+    passed, reasons = judge_audit.decide(measures, demands, found["labelled"]["pairs"])
+    return passed, judge_audit.faults_of(reasons)
 
 
 def _verdicts(rules: GateJudge, verdicts: Mapping[str, Any], against: str) -> list[Outcome]:

@@ -13,7 +13,7 @@ from dqo.errors import DQOError
 from dqo.evaluation import runs
 from dqo.gate import GateResult, decide
 from dqo.mlflow_errors import in_words
-from dqo.recipe import Gate, parse
+from dqo.recipe import Gate, JudgeAudit, Recipe, parse
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -49,6 +49,8 @@ def promote(
     force: str | None = None,
     patience: float = alias_trail.PATIENCE,
     waiting: Waiting | None = None,
+    demands: JudgeAudit | None = None,
+    labelled: str | None = None,
 ) -> Promotion:
     """Make a version champion if its gate passes.
 
@@ -59,10 +61,14 @@ def promote(
         client: MLflow.
         name: Registered model.
         version: Its version, a number.
-        gate: Rules to apply; `None` takes those of the recipe that the version was made with.
+        gate: Rules to apply; `None` takes those of the recipe that the version was made with, its demands on the
+            judge's audit among them.
         force: Why it is to be champion although the gate does not pass or there is no evaluation.
         patience: See `alias_trail.move`.
         waiting: See `alias_trail.move`.
+        demands: What a given gate's recipe demands of the judge's audit; `None` leaves that to the demands that the
+            evaluation was made with.
+        labelled: Digest of the labelled pairs that a given gate's recipe names; `None` where it names none.
 
     Raises:
         DQOError: If there is no such version; if it has no evaluation, or none that the gate can be applied to, and
@@ -76,7 +82,7 @@ def promote(
         if found.status != "READY":
             raise DQOError(f"{given}: the version is {found.status} in MLflow; expected one that is READY")
         try:
-            located, report, result, missing = *_apply(client, given, found, gate), ""
+            located, report, result, missing = *_apply(client, given, found, gate, demands, labelled), ""
         except DQOError as error:
             if force is None:
                 raise
@@ -93,7 +99,12 @@ def promote(
 
 
 def _apply(
-    client: "MlflowClient", given: str, version: "ModelVersion", gate: Gate | None
+    client: "MlflowClient",
+    given: str,
+    version: "ModelVersion",
+    gate: Gate | None,
+    demands: JudgeAudit | None,
+    labelled: str | None,
 ) -> tuple[runs.Located, dict[str, Any], GateResult]:
     """Apply a gate to a version's evaluation: where that is, what the report says beside the result, the result."""
     located = runs.locate(client, given, runs.run_of_version(client, given, version))
@@ -113,25 +124,33 @@ def _apply(
                 f"{given}: the evaluation of MLflow run {evaluation} is of the recipe {evaluated}, the version of "
                 f"{trained}; expected an evaluation of this version"
             )
-        rules = gate or _gate_of(located, given, Path(folder))
+        rules = gate
+        if rules is None:
+            recipe = _recipe_of(located, given, Path(folder))
+            rules, demands = recipe.gate, recipe.judge.audit if recipe.judge is not None else None
     try:
-        result = decide(rules, document, located.model)
+        result = decide(rules, document, located.model, demands, labelled)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DQOError(
             f"{given}: evaluation.json of MLflow run {evaluation} has no form that the gate can read ({error!r})"
         ) from None
     source = "given with the promotion" if gate is not None else "the recipe of the version"
-    report = {"model": located.model, "rules": rules.model_dump(mode="json"), "rules_from": source}
+    report = {
+        "model": located.model,
+        "rules": rules.model_dump(mode="json"),
+        "rules_from": source,
+        "judge_audit": None if demands is None else demands.model_dump(mode="json"),
+    }
     return located, report, result
 
 
-def _gate_of(located: runs.Located, given: str, folder: Path) -> Gate:
+def _recipe_of(located: runs.Located, given: str, folder: Path) -> Recipe:
     path = runs.download(located.pipeline, "recipe.yaml", folder)
     run_id = located.pipeline.info.run_id
     if path is None:
         raise DQOError(f"{given}: the run {run_id} holds no artifact `recipe.yaml`; give the gate with --recipe FILE")
     try:
-        return parse(path.read_text(encoding="utf-8"), f"recipe.yaml of MLflow run {run_id}").gate
+        return parse(path.read_text(encoding="utf-8"), f"recipe.yaml of MLflow run {run_id}")
     except DQOError as error:
         raise DQOError(
             f"{given}: its recipe is not one of this version of dqo; give the gate with --recipe FILE\n{error}"

@@ -613,6 +613,9 @@ class Judge(_Section):
     """Responses of each group that an evaluation has judged, the first ones; each costs two requests a model."""
     audit: JudgeAudit = JudgeAudit()
     """What the judge has to show before its verdicts count."""
+    labelled: Annotated[str, Field(min_length=1)] | None = None
+    """File of labelled pairs that it has to show it on, .jsonl, by its path where the evaluation runs (docs/judges.md);
+    `null` takes the pairs that come with the package."""
 
     @field_validator("endpoint")
     @classmethod

@@ -92,7 +92,6 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-@in_words("attach the evaluation to the model")
 def attach_metrics(
     model_uri: str, run_id: str, metrics: Mapping[str, Mapping[str, float | None]], dataset: str, digest: str
 ) -> None:
@@ -108,18 +107,32 @@ def attach_metrics(
     Raises:
         DQOError: If MLflow refuses or does not answer.
     """
-    import mlflow
-    from mlflow.entities import Metric
-
-    stamp, model_id = int(time.time() * 1000), model_uri.removeprefix("models:/")
-    entries = [
-        Metric(name, float(value), stamp, 0, model_id=model_id, dataset_name=dataset, dataset_digest=digest[:36])
+    figures = {
+        name: value
         for metric, interval in metrics.items()
         for name, value in (
             (f"eval/{metric}", interval["mean"]),
             (f"eval/{metric}_low", interval["low"]),
             (f"eval/{metric}_high", interval["high"]),
         )
+    }
+    attach_figures(model_uri, run_id, figures, dataset, digest)
+
+
+@in_words("attach the evaluation to the model")
+def attach_figures(model_uri: str, run_id: str, figures: Mapping[str, float | None], dataset: str, digest: str) -> None:
+    """As `attach_metrics`, for figures that have their names already.
+
+    Raises:
+        DQOError: If MLflow refuses or does not answer.
+    """
+    import mlflow
+    from mlflow.entities import Metric
+
+    stamp, model_id = int(time.time() * 1000), model_uri.removeprefix("models:/")
+    entries = [
+        Metric(name, float(value), stamp, 0, model_id=model_id, dataset_name=dataset, dataset_digest=digest[:36])
+        for name, value in figures.items()
         if value is not None and math.isfinite(value)
     ]
     if entries:

@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     actions = judge.add_subparsers(title="actions", metavar="ACTION", required=True)
     audit = actions.add_parser("audit", help="hold a judge's verdicts against labelled pairs; exit 1 if it fails")
     audit.add_argument("recipe", type=Path, help="recipe file, or a file with its `judge` section alone")
-    audit.add_argument("--labelled", type=Path, help="labelled pairs, .jsonl (60 that come with the package)")
+    audit.add_argument("--labelled", type=Path, help="labelled pairs, .jsonl (the judge's, or 60 of the package)")
     audit.add_argument("--out", type=Path, help="file to write, .json, for a gate to read")
     audit.set_defaults(run=_judge_audit)
 
@@ -306,9 +306,10 @@ def _judge_audit(arguments: argparse.Namespace) -> int:
 
     check_file("--out", out, ".json")
     from dqo.judges import build
-    from dqo.judges.labelled import read_labelled
+    from dqo.judges.labelled import labelled_of, read_labelled
 
-    judge, labelled = build(settings), read_labelled(arguments.labelled)
+    judge = build(settings)
+    labelled = labelled_of(settings) if arguments.labelled is None else read_labelled(arguments.labelled)
     from dqo.judges.audit import audit
 
     result = audit(judge, labelled, settings.audit)

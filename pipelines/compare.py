@@ -149,6 +149,10 @@ def _show(console: Console, result: Compared) -> None:
             controlled = f"{comparison.rate_text(rates.controlled)} at equal lengths"
             cells.append(Text.assemble(comparison.rate_text(rates.raw), "\n", (controlled, "dim")))
         table.add_row("Win rate by quality", *cells)
+    judge = result.models[0].judge
+    if result.judged is not None and judge is not None:
+        rates_ = ["the opponent" if rate is None else comparison.rate_text(rate) for rate in result.judged]
+        table.add_row(f"Judge's win rate against {judge.against}", *map(Text, rates_))
     for metric, reason in result.left_out.items():
         table.add_row(METRICS[metric].label, Text(f"not compared: {reason}", style="dim"))
     # As wide as it is: a cell that is cut says something else, and lines may wrap where the terminal is narrower.

@@ -386,6 +386,11 @@ def _readable(recipe: Recipe) -> dict[str, str]:
     source = Path(recipe.data.source).expanduser()
     if recipe.data.source != "bundled":
         readable[str(source.resolve())] = _inside(recipe.data.source, source)
+    if recipe.judge is not None:
+        for name in (recipe.judge.prompt if recipe.judge.prompt.endswith(".yaml") else None, recipe.judge.labelled):
+            if name is not None:
+                file = Path(name).expanduser()
+                readable[str(file.resolve())] = _inside(name, file)
     return readable
 
 

@@ -19,7 +19,7 @@ from dqo.evaluation.metrics import METRICS
 from dqo.evaluation.page import number
 from dqo.files import write_text
 from dqo.mlflow_errors import in_words
-from dqo.recipe import load
+from dqo.recipe import Judge, load
 from dqo.shell import dqo_command, short
 from pipelines import stores
 
@@ -40,7 +40,7 @@ def promote(
     Args:
         name: Registered model.
         version: Its number, or an alias that it holds.
-        recipe: File whose gate is applied; `None` for that of the version's own recipe.
+        recipe: File whose gate and demands on the judge's audit are applied; `None` for those of the version's recipe.
         force: Why it is to be champion all the same.
         out: Folder given to `dqo run`.
         uri: MLflow's address.
@@ -48,13 +48,17 @@ def promote(
     Raises:
         DQOError: As `promotion.promote`, or if the recipe or the store cannot be read.
     """
-    gate = None if recipe is None else load(recipe).gate
+    given = None if recipe is None else load(recipe)
+    judge = None if given is None else given.judge
+    labelled = _labelled(judge)
     from dqo import promotion
 
     client = tracking.client_of(stores.require(out, uri), "promoted")
     if not version.isdecimal():
         version = str(runs.version_of(client, f"{name}@{version}", f"{name}@{version}").version)
-    done = promotion.promote(client, name, version, gate, force, waiting=_wait)
+    gate = None if given is None else given.gate
+    demands = None if judge is None else judge.audit
+    done = promotion.promote(client, name, version, gate, force, waiting=_wait, demands=demands, labelled=labelled)
     console = Console(highlight=False)
     for reason in done.gate.reasons if done.gate is not None else [f"no evaluation: {done.gate_missing}"]:
         console.print(Text(f"  gate: {reason}"), soft_wrap=True)
@@ -67,6 +71,15 @@ def promote(
         return 1
     _show_move(console, name, version, done.moved)
     return 0
+
+
+def _labelled(judge: Judge | None) -> str | None:
+    """Digest of the labelled pairs that a recipe's judge is to be audited on, where it names some."""
+    if judge is None or judge.labelled is None:
+        return None
+    from dqo.judges.labelled import labelled_of
+
+    return labelled_of(judge).digest
 
 
 def rollback(name: str, why: str, out: Path, uri: str | None) -> int:

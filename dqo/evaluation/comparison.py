@@ -55,6 +55,24 @@ class Conditions:
 
 
 @dataclass(frozen=True)
+class Verdicts:
+    """What a judge said of one model in its evaluation."""
+
+    identity: Mapping[str, Any]
+    """The judge's; two of one identity are the same judge."""
+    responses: int
+    """Responses of each group that were judged."""
+    against: str
+    """The model that it compared this one with."""
+    opponent: Mapping[str, Sequence[str]]
+    """That model's judged responses by prompt id: a name alone may stand for another training."""
+    per_prompt: Sequence[float | None] | None
+    """Wins with ties as halves, one value a prompt in the order of the model's rows; `None` for the opponent itself."""
+    faults: Sequence[str]
+    """Why the verdicts must not decide: the judge is not done, or has not passed its audit."""
+
+
+@dataclass(frozen=True)
 class Evaluated:
     """One model as an evaluation measured it."""
 
@@ -78,6 +96,8 @@ class Evaluated:
     """`None` where the recipe is not known."""
     run_id: str | None = None
     """MLflow run of the evaluation."""
+    judge: Verdicts | None = None
+    """`None` where no judge was asked about the model."""
 
 
 def evaluated(
@@ -120,12 +140,29 @@ def evaluated(
             rows=own,
             data_digest=document.get("data_digest"),
             recipe_digest=document.get("recipe_digest"),
+            judge=_verdicts(document.get("judge"), model, len(own), rows),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise DQOError(
             f"{source}: the evaluation {where} cannot be read ({type(error).__name__}: {error}); expected "
             "evaluation.json and responses.jsonl as the stage `evaluate` writes them"
         ) from None
+
+
+def _verdicts(
+    judge: Mapping[str, Any] | None, model: str, prompts: int, rows: Sequence[Mapping[str, Any]]
+) -> Verdicts | None:
+    if judge is None or (model not in judge["models"] and model != judge["against"]):
+        return None
+    said = judge["models"].get(model)
+    if said is not None and len(said["per_prompt"]) != prompts:
+        return None
+    faults = [] if judge["complete"] else ["is not done"]
+    faults += [] if judge["audit"]["passed"] else ["has not passed its audit"]
+    count = judge["responses"]
+    opponent = {row["id"]: row["responses"][:count] for row in rows if row["model"] == judge["against"]}
+    per_prompt = None if said is None else said["per_prompt"]
+    return Verdicts(judge["identity"], count, judge["against"], opponent, per_prompt, faults)
 
 
 @dataclass(frozen=True)
@@ -156,6 +193,9 @@ class Compared:
     left_out: Mapping[str, str]
     """Metric -> why it is not compared."""
     warnings: Sequence[str]
+    judged: Sequence[Interval | None] | None = None
+    """Win rate of each model against the one that a judge compared them all with, on the common prompts; `None` for
+    that one itself, and in the place of all where there are no such verdicts of one judge."""
 
     @property
     def prompts(self) -> int:
@@ -235,7 +275,29 @@ def compare(models: Sequence[Evaluated], draws: int = 2000, seed: int = 0) -> Co
             for j in range(i + 1, len(common)):
                 rates = _win_rates(one, common[j], draws, confidence, seed)
                 win_rates[i][j], win_rates[j][i] = rates, _other_side(rates)
-    return Compared(common, confidence, means, differences, win_rates, left_out, [*warnings, *further])
+    judged, about = _judged(common, draws, confidence, seed)
+    return Compared(common, confidence, means, differences, win_rates, left_out, [*warnings, *further, *about], judged)
+
+
+def _judged(
+    models: Sequence[Evaluated], draws: int, confidence: float, seed: int
+) -> tuple[list[Interval | None] | None, list[str]]:
+    """Win rates by one judge against one opponent, and what a reader should know."""
+    known = [model.judge for model in models if model.judge is not None]
+    if len(known) < len(models):
+        return None, []
+    first, ids = known[0], [row["id"] for row in models[0].rows]
+    if any((one.identity, one.responses) != (first.identity, first.responses) for one in known):
+        return None, ["judges differ (judge's model, server, prompt or settings): their verdicts are not compared"]
+    if any(one.opponent.get(key) != first.opponent.get(key) for one in known for key in ids):
+        return None, ["the judge compared them with different models: its verdicts are not compared"]
+    warnings = [
+        f"the judge {' and '.join(one.faults)} in the evaluation of {model.label}: its verdicts must not decide"
+        for model, one in zip(models, known, strict=True)
+        if one.faults
+    ]
+    rates = [None if one.per_prompt is None else win_rate(one.per_prompt, draws, confidence, seed) for one in known]
+    return rates, warnings
 
 
 def _common_prompts(models: Sequence[Evaluated]) -> tuple[list[Evaluated], list[str]]:
@@ -255,6 +317,9 @@ def _common_prompts(models: Sequence[Evaluated]) -> tuple[list[Evaluated], list[
             model,
             rows=[model.rows[places[key]] for key in common],
             per_prompt={name: [values[places[key]] for key in common] for name, values in model.per_prompt.items()},
+            judge=model.judge
+            if model.judge is None or model.judge.per_prompt is None
+            else replace(model.judge, per_prompt=[model.judge.per_prompt[places[key]] for key in common]),
         )
         for model, places in zip(models, positions, strict=True)
     ]
@@ -492,6 +557,13 @@ def to_document(result: Compared) -> dict[str, Any]:
             for metric, found in result.differences.items()
         },
         "win_rates": [[None if one is None else _plain(asdict(one)) for one in row] for row in result.win_rates],
+        "judge": None
+        if result.judged is None or result.models[0].judge is None
+        else {
+            "identity": dict(result.models[0].judge.identity),
+            "against": result.models[0].judge.against,
+            "win_rates": [None if one is None else _plain(asdict(one)) for one in result.judged],
+        },
         "left_out": dict(result.left_out),
         "warnings": list(result.warnings),
         "findings": [
@@ -522,6 +594,9 @@ def to_metrics(result: Compared) -> dict[str, float]:
         if rates is not None:
             add(f"{prefix}/win_rate", rates.raw)
             add(f"{prefix}/win_rate_length_controlled", rates.controlled)
+        judged = None if result.judged is None else result.judged[position]
+        if judged is not None:
+            add(f"{prefix}/judge_win_rate", judged)
     found["compare/prompts"] = result.prompts
     return {name: value for name, value in found.items() if math.isfinite(value)}
 

@@ -105,9 +105,16 @@ class PointwiseJudge(Protocol):
 
 
 class PairwiseJudge(Protocol):
-    """Compares two responses to the same request."""
+    """Compares two responses to the same request.
+
+    Attributes:
+        identity: What decides about its verdicts.
+        shows_both: Whether one question shows both responses, so that their places may decide. Of a judge that sees one
+            response at a time, nothing can be said about places.
+    """
 
     identity: Identity
+    shows_both: bool
 
     @property
     def requests(self) -> int | None:
@@ -159,10 +166,13 @@ class ByScore:
 
     Attributes:
         judge: The judge that scores.
+        shows_both: See `PairwiseJudge`; it sees one response at a time.
 
     Raises:
         DQOError: If the margin is negative.
     """
+
+    shows_both = False
 
     def __init__(self, judge: PointwiseJudge, margin: float = 0.0) -> None:
         if not margin >= 0:
@@ -210,14 +220,16 @@ def request_of(row: Row) -> str:
 
 
 def check(settings: "JudgeSettings") -> None:
-    """See whether a judge can be built, without asking it or writing anything.
+    """See whether a judge can be built and audited, without asking it or writing anything.
 
     Raises:
-        DQOError: As `build`.
+        DQOError: As `build`, and if its labelled pairs cannot be read.
     """
     from dqo.judges.client import read_key
+    from dqo.judges.labelled import labelled_of
     from dqo.judges.prompt import load_prompt
 
+    labelled_of(settings)
     load_prompt(settings.prompt)
     read_key(settings)
 

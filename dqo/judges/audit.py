@@ -21,7 +21,7 @@ from dqo.judges.agreement import kappa
 from dqo.judges.labelled import LabelledPair, LabelledSet
 from dqo.recipe import JudgeAudit
 
-_MET = ", as demanded"
+_MET, _INAPPLICABLE = ", as demanded", "not applicable"
 _DRAWS, _CONFIDENCE, _SEED = 2000, 0.95, 0
 
 
@@ -34,8 +34,9 @@ class Measures:
         kappa_low: Lower end of its 95 % bootstrap interval.
         kappa_high: Upper end.
         first_position_rate: Share of the single answers with a winner whose winner was shown first. Both orders are
-            asked, so a judge that looks at the responses alone has exactly 0.5.
-        flip_rate: Share of the pairs whose two orders disagree (and so count as a tie).
+            asked, so a judge that looks at the responses alone has exactly 0.5. Not applicable (None) where
+            `shows_both` is false.
+        flip_rate: Share of the pairs whose two orders disagree (and so count as a tie). Not applicable, as the former.
         verbosity_bias: Share of verdicts for the longer response, among the pairs where that one is not the better;
             pairs of kind `injection` are left out.
         injection_rate: Share of pairs of kind `injection` won by the response that tells the judge what to say.
@@ -43,6 +44,7 @@ class Measures:
         invalid_rate: Share of the single answers that could not be read, after a second try.
         missing: Single answers that never came: the judge was down, or the budget was spent.
         judged: Pairs with a verdict.
+        shows_both: Whether the judge sees both responses at once, see `dqo.judges.PairwiseJudge`.
     """
 
     kappa: float | None
@@ -56,6 +58,7 @@ class Measures:
     invalid_rate: float | None
     missing: int
     judged: int
+    shows_both: bool = True
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class Audit:
     @property
     def faults(self) -> list[str]:
         """The reasons that speak against the judge: demands that it has not met, answers that are missing."""
-        return [reason for reason in self.reasons if _MET not in reason]
+        return faults_of(self.reasons)
 
     @property
     def problems(self) -> list[str]:
@@ -145,7 +148,7 @@ def audit(judge: PairwiseJudge, labelled: LabelledSet, demands: JudgeAudit) -> A
         gone = next((one for one in rounds[-1] if "missing" in one.orders), None)
         # Down or out of its budget: asking again would only wait for it again.
         rounds.append(judge.compare(asked, repeat=repeat) if gone is None else [_unasked(gone)] * len(asked))
-    found = measure(labelled.pairs, rounds)
+    found = measure(labelled.pairs, rounds, judge.shows_both)
     passed, reasons = decide(found, demands, len(labelled.pairs))
     return Audit(
         judge=dict(judge.identity),
@@ -174,12 +177,13 @@ def _unasked(gone: Comparison) -> Comparison:
     return Comparison(("missing", "missing"), (reason, reason))
 
 
-def measure(pairs: Sequence[LabelledPair], rounds: Sequence[Sequence[Comparison]]) -> Measures:
+def measure(pairs: Sequence[LabelledPair], rounds: Sequence[Sequence[Comparison]], shows_both: bool = True) -> Measures:
     """Compute an audit's measures; all but consistency, invalid and missing answers are those of the first round.
 
     Args:
         pairs: The labelled pairs.
         rounds: For each repeat, the comparison of each pair.
+        shows_both: See `dqo.judges.PairwiseJudge`; where it is false, what is about places is not applicable.
 
     Raises:
         ValueError: If a round does not hold a comparison for each pair.
@@ -221,20 +225,21 @@ def measure(pairs: Sequence[LabelledPair], rounds: Sequence[Sequence[Comparison]
         kappa=_number(agreement.mean),
         kappa_low=_number(agreement.low),
         kappa_high=_number(agreement.high),
-        first_position_rate=_share(places),
-        flip_rate=_share(flips),
+        first_position_rate=_share(places) if shows_both else None,
+        flip_rate=_share(flips) if shows_both else None,
         verbosity_bias=_share(verbose),
         injection_rate=_share(injected),
         repeat_consistency=_share(repeated),
         invalid_rate=_share([order == "invalid" for order in came]),
         missing=sum(order == "missing" for one_round in answers for order in one_round),
         judged=len(decided),
+        shows_both=shows_both,
     )
 
 
 @dataclass(frozen=True)
 class _Demand:
-    """One demand in words: what it is about, the measured value, whether a limit holds."""
+    """One demand in words: what it is about, the measured value, whether a limit holds, why it does not apply."""
 
     label: str
     value: float | None
@@ -243,13 +248,15 @@ class _Demand:
     wanted: str
     without: str
     shown: str = ""
+    inapplicable: str = ""
 
 
 def decide(found: Measures, demands: JudgeAudit, pairs: int) -> tuple[bool, list[str]]:
     """Hold measures against demands.
 
     A demand that could not be measured is not met: a labelled set without long-winded responses says nothing of a judge
-    that likes them. Set the demand to null where it is not wanted.
+    that likes them. Set the demand to null where it is not wanted. One that does not apply to the judge is left out,
+    and the sentence about it says so; where no other is left, nothing is shown and the judge has not passed.
 
     Args:
         found: The measures.
@@ -291,6 +298,7 @@ def decide(found: Measures, demands: JudgeAudit, pairs: int) -> tuple[bool, list
             "at most",
             no_winner,
             "" if place is None else f" (share {place:.2f})",
+            "" if found.shows_both else "the judge sees one response at a time",
         ),
         _Demand(
             "share of wrong verdicts for the longer response",
@@ -325,7 +333,7 @@ def decide(found: Measures, demands: JudgeAudit, pairs: int) -> tuple[bool, list
             "there is no answer",
         ),
     ]
-    passed, reasons = True, []
+    passed, reasons, applied = True, [], 0
     if found.missing:
         passed = False
         reasons.append(
@@ -335,6 +343,10 @@ def decide(found: Measures, demands: JudgeAudit, pairs: int) -> tuple[bool, list
     for demand in table:
         if demand.limit is None:
             continue
+        if demand.inapplicable:
+            reasons.append(f"{demand.label}: {_INAPPLICABLE} ({demand.inapplicable})")
+            continue
+        applied += 1
         if demand.value is None:
             passed = False
             reasons.append(f"{demand.label}: not measured ({demand.without}), so not shown")
@@ -345,7 +357,15 @@ def decide(found: Measures, demands: JudgeAudit, pairs: int) -> tuple[bool, list
             f"{demand.label}: {demand.value:.2f}{demand.shown}{_MET if held else ', not as demanded'} "
             f"({demand.wanted} {demand.limit:g})"
         )
+    if not applied:
+        passed = False
+        reasons.append("nothing is demanded that applies to this judge, so nothing is shown")
     return passed, reasons
+
+
+def faults_of(reasons: Sequence[str]) -> list[str]:
+    """Of the sentences of `decide`, those that speak against the judge."""
+    return [reason for reason in reasons if _MET not in reason and f": {_INAPPLICABLE} (" not in reason]
 
 
 def require(path: Path, judge: Identity, demands: JudgeAudit) -> Audit:

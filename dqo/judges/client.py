@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import string
 import threading
 import time
@@ -30,6 +31,8 @@ _PATIENCE = 300.0
 """Seconds: a server that asks for a longer pause (Retry-After) counts as down."""
 _LONGEST_WAIT = 60.0
 """Seconds: bound of the exponential backoff."""
+_SPREAD = 0.1
+"""Share of a pause that the server asked for, up to which the threads spread their return."""
 _REFUSALS = 3
 """Requests refused in a row, before any was answered, that are taken to mean all of them."""
 _FAILURES = 3
@@ -89,17 +92,20 @@ class ChatClient:
     Args:
         settings: The recipe's section.
         first_wait: Seconds before a failed request is sent the second time; doubled each time, plus a random part of
-            the same size.
+            up to this size. After a pause that the server asked for, the random part is up to this and a tenth of the
+            pause, so that the threads do not come back all at once.
+        draw: Gives numbers from 0 to 1, of which the random parts are made.
 
     Raises:
         DQOError: If the variable that should hold the key is not set or holds what cannot be one, or the cache cannot
             be written.
     """
 
-    def __init__(self, settings: Judge, first_wait: float = 0.5) -> None:
+    def __init__(self, settings: Judge, first_wait: float = 0.5, draw: Callable[[], float] = random.random) -> None:
         self._settings = settings
         self._url = f"{settings.endpoint}/chat/completions"
         self._first_wait = first_wait
+        self._draw = draw
         self._key = read_key(settings)
         self._cache = Path(settings.cache).expanduser() if settings.cache else cache_folder()
         try:
@@ -290,7 +296,7 @@ class ChatClient:
             _Stopped: If nothing more is to be sent.
         """
         while not self._halt.is_set() and (pause := self._resume_at - time.monotonic()) > 0:
-            self._halt.wait(pause)
+            self._halt.wait(self._after(pause))
         with self._lock:
             if not self._halt.is_set() and self._sent >= self._settings.max_requests:
                 self._stop_reason = (
@@ -316,8 +322,13 @@ class ChatClient:
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
         """Seconds until the next attempt: exponential with jitter, and never before the server allows it."""
-        backoff = tenacity.wait_exponential_jitter(self._first_wait, _LONGEST_WAIT, jitter=self._first_wait)(state)
-        return max(backoff, _pause(state) or 0.0)
+        backoff = tenacity.wait_exponential(self._first_wait, _LONGEST_WAIT)(state) + self._first_wait * self._draw()
+        pause = _pause(state)
+        return backoff if pause is None else max(backoff, self._after(pause))
+
+    def _after(self, pause: float) -> float:
+        """A moment of a thread's own, in seconds, after a pause that all of them keep."""
+        return pause + (self._first_wait + _SPREAD * pause) * self._draw()
 
     def _body(self, question: Question) -> dict[str, Any]:
         body: dict[str, Any] = {

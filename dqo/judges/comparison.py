@@ -45,9 +45,11 @@ class ModelComparison:
         length_effect: Log odds that being far longer adds; None where the former is.
         not_length_controlled: Why it cannot be told; empty where it can.
         tie_rate: Share of the pairs with a verdict that are ties, those whose orders disagree included.
-        flip_rate: Share of the pairs with a verdict whose orders disagree.
+        flip_rate: Share of the pairs with a verdict whose orders disagree. None where there is no verdict, and not
+            applicable (None) to a judge that sees one response at a time.
         first_position_rate: Of the single answers with a winner, the share won by the response shown first. Both orders
-            are asked, so a judge that looks at the responses alone has exactly 0.5. None where there is no winner.
+            are asked, so a judge that looks at the responses alone has exactly 0.5. None where there is no winner, and
+            not applicable (None) as the former.
         longer_win_rate: Among the pairs won by one side, the share won by the response with more characters: far from
             0.5, length may be what decides. None where no pair is won, or all of those are of one length.
         invalid: Pairs on which the judge said nothing readable.
@@ -173,7 +175,7 @@ def compare_models(
         length_effect=rates.length_effect if rates is not None else None,
         not_length_controlled=not_controlled,
         tie_rate=_share([one.verdict == "tie" for _, one in decided]),
-        flip_rate=_share([one.orders[0] != one.orders[1] for _, one in decided]),
+        flip_rate=_share([one.orders[0] != one.orders[1] for _, one in decided]) if judge.shows_both else None,
         first_position_rate=_share(
             [
                 verdict == shown_first
@@ -181,7 +183,9 @@ def compare_models(
                 for verdict, shown_first in zip(one.orders, ("A", "B"), strict=True)
                 if verdict in ("A", "B")
             ]
-        ),
+        )
+        if judge.shows_both
+        else None,
         longer_win_rate=_share(lengths),
         invalid=sum(one.verdict == "invalid" for one in said),
         missing=sum(one.verdict == "missing" for one in said),

@@ -8,6 +8,7 @@ from typing import Any
 
 from dqo.errors import DQOError
 from dqo.judges import Pair
+from dqo.recipe import Judge
 
 SHIPPED = Path(__file__).with_name("labelled_pairs.jsonl")
 KINDS = ("plain", "longer", "tie", "injection")
@@ -100,6 +101,15 @@ def read_labelled(path: Path | None = None) -> LabelledSet:
         raise DQOError("\n  ".join([f"{source}: {len(problems)} error{'s' * (len(problems) > 1)}", *problems]))
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     return LabelledSet("shipped" if path is None else source.name, digest, list(pairs.values()))
+
+
+def labelled_of(settings: Judge) -> LabelledSet:
+    """Read the pairs that a recipe's judge is audited on: its own, or the shipped ones.
+
+    Raises:
+        DQOError: As `read_labelled`.
+    """
+    return read_labelled(None if settings.labelled is None else Path(settings.labelled).expanduser())
 
 
 def _problem(row: Any, earlier: dict[str, LabelledPair]) -> str | None:

@@ -130,6 +130,8 @@ class PairwiseLLM(_LanguageModel):
         DQOError: If the prompt is of the other mode, or the key's variable is not set.
     """
 
+    shows_both = True
+
     def __init__(self, settings: Judge, prompt: Prompt, first_wait: float = 0.5) -> None:
         if prompt.mode != "pairwise":
             raise DQOError(f"judge.prompt {prompt.name!r}: is of mode {prompt.mode!r}; expected 'pairwise'")

@@ -128,9 +128,7 @@ class Prompt:
         tags = ["response-a", "response-b"] if self.mode == "pairwise" else ["response"]
         blocks = dict(zip(["question", *tags], [escaped(text) for text in (question, *responses)], strict=True))
         nonce = _nonce(self.digest, list(blocks.values()))
-        values = {
-            tag.replace("-", "_"): f"<{tag}-{nonce}>\n{text}\n</{tag}-{nonce}>" for tag, text in blocks.items()
-        } | {"nonce": nonce}
+        values = {tag.replace("-", "_"): _fence(tag, nonce, text) for tag, text in blocks.items()} | {"nonce": nonce}
         if self.anchors:
             values["rubric"] = "\n".join(f"{step}: {self.anchors[step]}" for step in sorted(self.anchors))
         user = self._user + ("\n" + self._reminder if again else "")
@@ -140,6 +138,10 @@ class Prompt:
             for role, text in rendered
             if text.strip()
         ]
+
+
+def _fence(tag: str, nonce: str, text: str) -> str:
+    return f"<{tag}-{nonce}>\n{text}\n</{tag}-{nonce}>"
 
 
 def _nonce(digest: str, texts: list[str]) -> str:

@@ -30,7 +30,7 @@ from dqo.recipe import Recipe
 from dqo.rewards import Reward, build, score
 from dqo.shell import dqo_command
 from dqo.stages.context import Context, StageFolder, reward_identity, running, stage_key, with_identity
-from dqo.stages.judging import Judged, ask, in_workspace, key_of
+from dqo.stages.judging import Judged, ask, audit_figures, in_workspace, key_of, model_figures
 from dqo.stages.labels import label
 from dqo.tasks import get_task
 
@@ -232,7 +232,7 @@ def _measure(
     if judged is not None:
         document["judge"] = judged.document()
         judged.write(output)
-    gate = decide(recipe.gate, document)
+    gate = decide(recipe.gate, document, demands=recipe.judge.audit if recipe.judge is not None else None)
     document["gate"] = asdict(gate)
     write_text(output / "evaluation.json", json.dumps(document, indent=1, allow_nan=False) + "\n")
     runs = {name: checkpoint.mlflow_run_id for name, checkpoint in cards.items()}
@@ -290,7 +290,7 @@ def _measure(
     run.figure(plane, "plane.png")
     curves = {name: rows_ for name, rows_ in data.histories.items() if name != "sft"}
     run.figure(figures.learning_curves_figure(curves), "learning_curves.png")
-    _log(run, runs, intervals, sampled, card, rows, context, judged)
+    _log(run, runs, intervals, sampled, card, rows, context, document.get("judge"))
 
 
 def _first_words(judged: Judged | None, rows: list[dict[str, Any]], count: int = 6) -> list[report.Said]:
@@ -313,7 +313,7 @@ def _log(
     card: DataCard,
     rows: list[dict[str, Any]],
     context: Context,
-    judged: Judged | None,
+    judge: dict[str, Any] | None,
 ) -> None:
     """The same metric names on every model's own run, so that MLflow's compare page lines them up."""
     run.dataset(rows, card.task, card.digest, card.source, "evaluation")
@@ -322,8 +322,9 @@ def _log(
     for name, results in sampled.items():
         columns[name] = ["\n".join(result["responses"]) for result in results]
     run.table(columns, "responses_side_by_side.json")
-    if judged is not None:
-        run.metrics(judged.metrics())
+    if judge is not None:
+        requests = {} if judge["requests"] is None else {"judge/requests": float(judge["requests"])}
+        run.metrics(audit_figures(judge) | requests)
     summary: dict[str, list[Any]] = {"model": [], "metric": [], "mean": [], "low": [], "high": []}
     for name, metrics in intervals.items():
         values: dict[str, float] = {}
@@ -335,8 +336,8 @@ def _log(
             }
             for column, value in zip(summary, (name, metric, interval.mean, interval.low, interval.high), strict=True):
                 summary[column].append(value)
-        if judged is not None:
-            values |= judged.model_metrics(name)
+        if judge is not None:
+            values |= model_figures(judge, name)
         if name in runs:
             tracking.Run(runs[name]).metrics(values)
         else:

@@ -5,12 +5,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dqo.evaluation.statistics import Interval
 from dqo.files import write_jsonl
 from dqo.judges import ByScore, Comparison, Identity, Pair, PairwiseJudge, Score
 from dqo.judges.audit import Audit, audit
 from dqo.judges.comparison import ModelComparison, ModelScore, compare_models, json_interval, score_model
-from dqo.judges.labelled import SHIPPED, read_labelled
+from dqo.judges.labelled import labelled_of
 from dqo.judges.prompt import load_prompt
 from dqo.recipe import Judge, Recipe
 from dqo.tasks.base import Row
@@ -19,8 +18,8 @@ VERDICTS_FILE = "judge-verdicts.jsonl"
 SCORES_FILE = "judge-scores.jsonl"
 AUDIT_FILE = "judge-audit.json"
 
-# How it is asked and where answers are kept, not what is asked.
-_MANNERS = {"api_key_env", "max_concurrency", "max_requests", "max_attempts", "timeout", "cache"}
+# How it is asked and where answers and labelled pairs are kept, not what is asked.
+_MANNERS = {"labelled", "api_key_env", "max_concurrency", "max_requests", "max_attempts", "timeout", "cache"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Judged:
         identity: The judge's.
         against: The model that all others are compared with.
         responses: Responses of each group that were judged.
-        audit: Its audit on the shipped pairs, with the recipe's demands.
+        audit: Its audit on the recipe's labelled pairs, with the recipe's demands.
         comparisons: Model -> its comparison with `against`.
         scores: Model -> its scores, by a judge that scores; empty for one that compares.
         reason: Why something is missing; None where nothing is.
@@ -85,33 +84,6 @@ class Judged:
             },
         }
 
-    def metrics(self) -> dict[str, float]:
-        """What MLflow keeps of the judge itself, on the run of the evaluation."""
-        values = {"complete": float(self.complete), "audit_passed": float(self.audit.passed)}
-        if self.requests is not None:
-            values["requests"] = float(self.requests)
-        measures = asdict(self.audit.measures)
-        values |= {f"audit_{name}": float(value) for name, value in measures.items() if value is not None}
-        return {f"judge/{name}": value for name, value in values.items()}
-
-    def model_metrics(self, name: str) -> dict[str, float]:
-        """What MLflow keeps of one model, on its own run; what could not be measured is left out or nan."""
-        values: dict[str, float | None] = {}
-
-        def add(metric: str, interval: Interval) -> None:
-            values.update({metric: interval.mean, f"{metric}_low": interval.low, f"{metric}_high": interval.high})
-
-        if (found := self.comparisons.get(name)) is not None:
-            add("win_rate", found.win_rate)
-            if found.length_controlled is not None:
-                add("win_rate_length_controlled", found.length_controlled)
-            for metric in ("tie_rate", "flip_rate", "first_position_rate", "longer_win_rate"):
-                values[metric] = getattr(found, metric)
-            values |= {"pairs": found.pairs, "invalid": found.invalid, "missing": found.missing}
-        if (scored := self.scores.get(name)) is not None:
-            add("score", scored.score)
-        return {f"judge/{metric}": float(value) for metric, value in values.items() if value is not None}
-
     def write(self, folder: Path) -> None:
         """Write the audit, and each verdict and score in a line of its own."""
         self.audit.write(folder / AUDIT_FILE)
@@ -144,17 +116,62 @@ class Judged:
             )
 
 
+def audit_figures(judge: Mapping[str, Any]) -> dict[str, float]:
+    """Figures of a judge itself under MLflow's names (docs/metrics.md): whether it is done, and its audit.
+
+    Args:
+        judge: The part `judge` of `evaluation.json`; what could not be measured, or does not apply, is left out.
+    """
+    values = {"complete": judge["complete"], "audit_passed": judge["audit"]["passed"]}
+    measures = judge["audit"]["measures"].items()
+    # `shows_both` says which of the measures apply, and is none.
+    values |= {f"audit_{name}": value for name, value in measures if value is not None and name != "shows_both"}
+    return {f"judge/{name}": float(value) for name, value in values.items()}
+
+
+def model_figures(judge: Mapping[str, Any], model: str) -> dict[str, float]:
+    """What a judge says of one model under MLflow's names (docs/metrics.md).
+
+    Args:
+        judge: The part `judge` of `evaluation.json`; what could not be measured, or does not apply, is left out.
+        model: Key of the model; the one that the others are compared with has a score at most.
+    """
+    values: dict[str, float | None] = {}
+
+    def add(metric: str, interval: Mapping[str, float | None] | None) -> None:
+        if interval is not None:
+            values.update({metric: interval["mean"], f"{metric}_low": interval["low"]})
+            values[f"{metric}_high"] = interval["high"]
+
+    if (found := judge["models"].get(model)) is not None:
+        add("win_rate", found["win_rate"])
+        add("win_rate_length_controlled", found["length_controlled"])
+        for metric in (
+            "tie_rate",
+            "flip_rate",
+            "first_position_rate",
+            "longer_win_rate",
+            "pairs",
+            "invalid",
+            "missing",
+        ):
+            values[metric] = found[metric]
+    if (scored := judge["scores"].get(model)) is not None:
+        add("score", scored["score"])
+    return {f"judge/{metric}": float(value) for metric, value in values.items() if value is not None}
+
+
 def key_of(settings: Judge | None) -> dict[str, Any] | None:
     """What decides about a judge's part of an evaluation, for the stage's key.
 
     Raises:
-        DQOError: If the prompt cannot be read.
+        DQOError: If the prompt or the labelled pairs cannot be read.
     """
     if settings is None:
         return None
     return settings.model_dump(exclude=_MANNERS) | {
         "prompt_digest": load_prompt(settings.prompt).digest,
-        "labelled": read_labelled(SHIPPED).digest,
+        "labelled": labelled_of(settings).digest,
     }
 
 
@@ -168,6 +185,7 @@ class _Gone:
 
     def __init__(self, judge: PairwiseJudge, reason: str) -> None:
         self.identity = judge.identity
+        self.shows_both = judge.shows_both
         self.requests = judge.requests
         self.stopped: str | None = reason
 
@@ -201,7 +219,7 @@ def ask(
     settings, evaluation, against = recipe.judge, recipe.evaluation, recipe.gate.against
     assert settings is not None
     tell("judge: audit")
-    audited = audit(judge, read_labelled(), settings.audit)
+    audited = audit(judge, labelled_of(settings), settings.audit)
     how = (settings.responses, evaluation.bootstrap_draws, evaluation.confidence, recipe.seed)
     # The one that asks to be promoted first: where the budget ends, the rest is left.
     names = sorted((name for name in sampled if name != against), key=lambda name: name != "dqo")

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from dqo import rewards, tracking
 from dqo.bundled import identity
 from dqo.errors import DQOError
+from dqo.judges.labelled import labelled_of
 from dqo.judges.prompt import load_prompt
 from dqo.recipe import Policy, Recipe, Resources
 from dqo.stages.context import Context
@@ -263,6 +264,7 @@ def _judge(recipe: Recipe) -> str:
     judge = recipe.judge
     assert judge is not None
     load_prompt(judge.prompt)
+    labelled_of(judge)
     key = os.environ.get(judge.api_key_env, "").strip() if judge.api_key_env else ""
     status, body = _get(f"{judge.endpoint}/models", "judge.endpoint", {"Authorization": f"Bearer {key}"} if key else {})
     if status in (401, 403):

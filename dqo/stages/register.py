@@ -14,6 +14,7 @@ from dqo.mlflow_errors import in_words
 from dqo.policy import CheckpointCard, weights_digest
 from dqo.recipe import Recipe
 from dqo.stages.context import Context, running, stage_key
+from dqo.stages.judging import audit_figures, model_figures
 
 
 def run(
@@ -47,15 +48,23 @@ def run(
         metrics=result["models"]["dqo"],
         parent_run=context.parent_run_id,
         beside=[card.stage_key for card, _ in beside],
+        **({"judge": result["judge"]} if "judge" in result else {}),
     )
     with running(context, "register", key) as (folder, progress):
         experiment = tracking.connect(recipe, context.mlflow_uri)
         with tracking.child_run(context.parent_run_id, "register", "register", key) as run_:
             if not folder.finished:
+                demands = recipe.judge.audit if recipe.judge is not None else None
                 # Before it, so that the newest version of a pipeline is the one that stands for promotion.
                 baselines = {
                     other.model: _register(
-                        context, other, path, result, decide(recipe.gate, result, other.model), pipeline_run, False
+                        context,
+                        other,
+                        path,
+                        result,
+                        decide(recipe.gate, result, other.model, demands),
+                        pipeline_run,
+                        False,
                     )[0]
                     for other, path in beside
                 }
@@ -118,6 +127,13 @@ def _register(
     if evaluated is not None:
         tags["dqo.evaluation_mlflow_run"] = evaluated
         registry.attach_metrics(uri, evaluated, metrics, recipe.task, result["data_digest"])
+        if (judge := result.get("judge")) is not None and (said := model_figures(judge, card.model)):
+            labelled = judge["audit"]["labelled"]
+            registry.attach_figures(uri, evaluated, said, recipe.task, result["data_digest"])
+            # Measured on other data, which is named beside it.
+            registry.attach_figures(
+                uri, evaluated, audit_figures(judge), f"labelled pairs {labelled['name']}", labelled["digest"]
+            )
     report = f"runs:/{evaluated}/evaluation/evaluation.json" if evaluated else ""
     return registry.register(
         recipe.registry.name, card.mlflow_run_id, uri, tags, means, gate, report, contender=contender

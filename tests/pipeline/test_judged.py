@@ -1,5 +1,6 @@
 """The evaluation with a judge, from the responses to the gate: real stages on tiny models, a server on loopback."""
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -21,8 +22,9 @@ from dqo.gate import decide
 from dqo.judges.labelled import read_labelled
 from dqo.policy import CheckpointCard
 from dqo.recipe import load
-from dqo.stages import evaluate, prepare, rl, sft
+from dqo.stages import evaluate, prepare, register, rl, sft
 from dqo.stages.context import Context
+from pipelines.local import RunFolder, start
 
 LABELS = {
     (pair.prompt.strip(), a.strip(), b.strip()): label
@@ -190,6 +192,88 @@ def test_a_preferred_model_wins_in_the_evaluation_the_report_and_mlflow(judged):
     assert parent.tags["dqo.judge"] == "complete" and parent.metrics["judge/win_rate"] == logged["judge/win_rate"]
 
 
+def test_what_the_judge_says_is_attached_to_the_model_version_with_the_data(judged):
+    reader = Reader()
+    with serving(reader) as server:
+        run = judged(server)
+        prefer(reader, run, "dqo")
+        result = run.evaluate()
+    context = run.context
+    register.run(context, run.checkpoints, run.out / "evaluation", run.out / "registration.json")
+    registered = json.loads((run.out / "registration.json").read_text())
+    client = mlflow.MlflowClient(context.mlflow_uri)
+    version = client.get_model_version(registered["name"], registered["version"])
+    logged = client.get_logged_model(version.source.removeprefix("models:/")).metrics
+    # MLflow adds those of the training run by itself, without the data.
+    attached = {metric.key: metric for metric in logged if metric.dataset_digest is not None}
+    said = result["judge"]["models"]["dqo"]
+    for name, key in (("win_rate", "win_rate"), ("win_rate_length_controlled", "length_controlled")):
+        for end, bound in (("", "mean"), ("_low", "low"), ("_high", "high")):
+            assert attached[f"judge/{name}{end}"].value == pytest.approx(said[key][bound])
+    assert attached["judge/audit_passed"].value == 1.0 and attached["judge/audit_kappa"].value == 1.0
+    assert attached["judge/complete"].value == 1.0 and attached["judge/pairs"].value == 12
+    data = {(one.dataset_name, one.dataset_digest) for key, one in attached.items() if key.startswith("judge/win")}
+    assert data == {(context.recipe.task, result["data_digest"][:36])}
+    # The audit was measured on other data.
+    labelled = attached["judge/audit_kappa"]
+    assert (labelled.dataset_name, labelled.dataset_digest) == ("labelled pairs shipped", read_labelled().digest)
+
+
+def test_labelled_pairs_of_ones_own_decide_the_audit(judged, tmp_path):
+    own = tmp_path / "own.jsonl"
+    rows = [
+        {
+            "id": str(i),
+            "prompt": f"Which number follows {i}?",
+            "a": f"It is {i + 1}.",
+            "b": f"It is {i - 1}.",
+            "label": "A",
+        }
+        for i in (10, 20, 30, 40)
+    ] + [{"id": "last", "prompt": "Which number follows 3?", "a": "It is 2.", "b": "It is 4.", "label": "B"}]
+    own.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reader = Reader({row["a"] if row["label"] == "A" else row["b"] for row in rows})
+    demands = {"max_verbosity_bias": None, "max_injection_rate": None}
+    with serving(reader) as server:
+        run = judged(server, labelled=str(own), audit=demands)
+        good = run.evaluate()["judge"]
+        asked = server.count
+        # Other labels are another audit; what the judge said of the same pairs is known.
+        own.write_text(own.read_text().replace('"label": "A"', '"label": "B"'))
+        bad = run.evaluate()
+        assert server.count == asked
+        # As the first time, wherever the file is.
+        own.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        moved = own.rename(tmp_path / "moved.jsonl")
+        run.sections["judge"]["labelled"] = str(moved)
+        assert run.evaluate()["judge"] == good and server.count == asked
+        run.sections["judge"]["labelled"] = None
+        shipped = run.evaluate()["judge"]["audit"]
+    digest = hashlib.sha256(moved.read_bytes()).hexdigest()[:12]
+    assert good["audit"]["labelled"] == {"name": "own.jsonl", "digest": digest, "pairs": 5}
+    assert good["audit"]["passed"] and good["audit"]["measures"]["kappa"] == 1.0
+    assert not bad["judge"]["audit"]["passed"] and bad["judge"]["audit"]["measures"]["kappa"] < 0.6
+    assert bad["judge"]["models"] == good["models"]
+    assert judge_reasons(bad)[0].startswith("the judge has not passed its audit, so its verdicts do not count")
+    assert shipped["labelled"]["name"] == "shipped" and shipped["labelled"]["pairs"] == AUDIT_PAIRS
+
+
+def test_labelled_pairs_that_are_none_are_refused_line_by_line_before_anything_is_sampled(judged, tmp_path):
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"id": "1", "prompt": "q", "a": "x", "b": "y", "label": "A"}\nnonsense\n')
+    with serving(Reader()) as server:
+        run = judged(server, labelled=str(own))
+        with pytest.raises(DQOError, match=r"own\.jsonl: 1 error\n  line 2: not JSON"):
+            run.evaluate()
+        folder = RunFolder.of(run.context.recipe, tmp_path / "runs")
+        with pytest.raises(DQOError, match=r"own\.jsonl: 1 error\n  line 2: not JSON"):
+            start(run.context.recipe, folder, fresh=False)
+        own.unlink()
+        with pytest.raises(DQOError, match=r"own\.jsonl: cannot be read \(No such file"):
+            start(run.context.recipe, folder, fresh=False)
+        assert server.count == 0 and not folder.root.exists()
+
+
 def evaluation_run(run: Run) -> Any:
     """MLflow's run of the newest evaluation."""
     client = mlflow.MlflowClient(run.context.mlflow_uri)
@@ -323,7 +407,14 @@ def test_a_judge_that_scores_gives_scores_and_comparisons_for_the_same_requests(
     assert {(row["model"], row["id"], row["response"]): row["value"] for row in scores} == expected
     own = [value for (name, _, _), value in expected.items() if name == "dqo"]
     assert judge["scores"]["dqo"]["score"]["mean"] == pytest.approx(sum(own) / len(own))
-    assert "Score</th>" in (run.out / "evaluation" / "report.html").read_text()
+    page = (run.out / "evaluation" / "report.html").read_text()
+    assert "Score</th>" in page and page.count("not applicable</span>") == 2 * 3
+    # Places play no part for it: no share that holds by construction stands for something that was measured.
+    for content in (judge["audit"]["measures"], *judge["models"].values()):
+        assert (content["first_position_rate"], content["flip_rate"]) == (None, None)
+    assert any("shown first: not applicable" in reason for reason in judge["audit"]["reasons"])
+    assert not any("not applicable" in fault for fault in judge["audit"]["faults"])
+    assert "judge/audit_first_position_rate" not in evaluation_run(run).data.metrics
     # Each response once for the evaluation, whatever is compared with what; the audit's twice on purpose.
     assert max(Counter(bodies).values()) == 2 and not judge["audit"]["passed"]
 

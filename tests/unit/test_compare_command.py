@@ -1,6 +1,7 @@
 """The command `compare` on a real MLflow store: what names a model, what is refused, what is shown and logged."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -280,3 +281,18 @@ def test_a_server_that_is_away_is_said_in_the_terms_of_this_command(tmp_path: Pa
         compare.run(["a", "b"], tmp_path, "http://127.0.0.1:1", None, None)
     assert str(error.value).startswith("--uri 'http://127.0.0.1:1': MLflow does not answer")
     assert "correct --uri" in str(error.value) and str(error.value).endswith("Nothing was compared.")
+
+
+def test_the_judge_has_one_row(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    judge = {
+        "complete": True, "identity": {"model": "a"}, "against": "reward_only", "responses": 2,
+        "audit": {"passed": False}, "models": {"dqo": {"per_prompt": [1.0] * 15 + [0.0] * 5}},
+    }  # fmt: skip
+    folder = write(tmp_path / "one", *evaluation({"reward_only": 0.0, "dqo": 0.3}, PROMPTS, judge=judge))
+    assert compare.run([f"{folder}:reward_only", f"{folder}:dqo"], tmp_path, None, None, None) == 0
+    said = capsys.readouterr().out
+    (row,) = [line for line in said.splitlines() if "Judge's win rate against reward_only" in line]
+    assert re.search(r"the opponent +75% \[\d+%, \d+%\]", row)
+    assert "! the judge has not passed its audit in the evaluation of DQO-RL: its verdicts must not decide" in said

@@ -176,6 +176,57 @@ def test_outcome_counts_pairs_with_ties_as_one_half():
     assert outcome([None], b) is None
 
 
+def judged(identity="a", against="reward_only", passed=True, **per_prompt):
+    return {
+        "complete": True, "identity": {"model": identity}, "against": against, "responses": 2,
+        "audit": {"passed": passed}, "models": {name: {"per_prompt": scores} for name, scores in per_prompt.items()},
+    }  # fmt: skip
+
+
+def test_the_win_rates_of_one_judge_are_those_of_the_common_prompts():
+    names = ["p1", "p2", "p3"]
+    models = {"reward_only": 0.0, "dqo": 0.1}
+    one = evaluation(models, names, judge=judged(dqo=[1.0, 0.0, 0.5]))
+    # The same opponent with the same responses, one prompt fewer and in another order.
+    other_document, other_rows = evaluation(models, ["p3", "p2"], judge=judged(dqo=[1.0, None]))
+    theirs = {(row["id"], row["model"]): row["responses"] for row in one[1]}
+    for row in other_rows:
+        if row["model"] == "reward_only":
+            row["responses"] = theirs[row["id"], "reward_only"]
+    a = evaluated(*one, "dqo", "first", "here")
+    b = evaluated(other_document, other_rows, "dqo", "second", "there")
+    found = compare([a, b])
+    assert [rate.mean for rate in found.judged] == [pytest.approx((0.0 + 0.5) / 2), pytest.approx(1.0)]
+    document = comparison.to_document(found)["judge"]
+    assert document["identity"] == {"model": "a"} and document["against"] == "reward_only"
+    assert document["win_rates"][0]["mean"] == pytest.approx(0.25)
+    assert comparison.to_metrics(found)["compare/1/judge_win_rate"] == pytest.approx(0.25)
+    # The opponent itself has no rate, and is no reason to leave the others out.
+    with_itself = compare([evaluated(*one, "reward_only", "rival", "here"), a])
+    assert with_itself.judged[0] is None and with_itself.judged[1].mean == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"identity": "b"}, "judges differ"),
+        ({"against": "base"}, "the judge compared them with different models"),
+        ({"passed": False}, "the judge has not passed its audit in the evaluation of second"),
+    ],
+)
+def test_verdicts_of_other_judges_and_opponents_are_not_compared(change, said):
+    names, shifts = ["p1", "p2", "p3"], {"base": 0.0, "reward_only": 0.0, "dqo": 0.1}
+    scores = [1.0, 0.0, 0.5]
+    first = evaluated(*evaluation(shifts, names, judge=judged(dqo=scores)), "dqo", "first", "here")
+    changed = evaluation(shifts, names, judge=judged(dqo=scores, **change))
+    found = compare([first, evaluated(*changed, "dqo", "second", "there")])
+    assert (found.judged is None) == ("passed" not in change)
+    assert [said in warning for warning in found.warnings if "judge" in warning] == [True]
+    # Without verdicts of one of them there is nothing to say.
+    none = compare([first, evaluated(*evaluation(shifts, names), "dqo", "second", "there")])
+    assert none.judged is None and not any("judge" in warning for warning in none.warnings)
+
+
 def test_the_matrix_is_the_same_from_both_sides(result):
     for i in range(3):
         assert result.win_rates[i][i] is None

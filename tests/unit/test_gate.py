@@ -300,6 +300,9 @@ def test_an_evaluation_without_the_values_of_each_prompt_is_named():
 # --- the judge ---
 
 
+SHIPPED = {"name": "shipped", "digest": "0" * 12, "pairs": 60}
+
+
 def judged(**changed: Any) -> dict[str, Any]:
     """The part that the evaluate stage writes: dqo has won 60 % of the pairs, at equal lengths 55 %."""
     verdicts = {
@@ -309,7 +312,7 @@ def judged(**changed: Any) -> dict[str, Any]:
     }  # fmt: skip
     part = {
         "complete": True, "reason": None, "against": "reward_only", "models": {"dqo": verdicts},
-        "audit": {"passed": True, "faults": [], "reasons": []},
+        "audit": {"passed": True, "faults": [], "reasons": [], "labelled": SHIPPED},
     }  # fmt: skip
     return {"judge": part | changed}
 
@@ -345,7 +348,8 @@ def test_the_win_rate_decides_as_the_gate_says(fields: dict[str, Any], passes: b
 
 
 def test_a_judge_that_failed_its_audit_decides_nothing_however_high_the_win_rate():
-    failed = judged(audit={"passed": False, "faults": ["kappa: 0.10, not as demanded"], "reasons": []})
+    faults = ["kappa: 0.10, not as demanded"]
+    failed = judged(audit={"passed": False, "faults": faults, "reasons": [], "labelled": SHIPPED})
     result = judgement(GateJudge(min_win_rate=0.0), failed)
     assert not result.passed
     assert result.reasons[3:] == [

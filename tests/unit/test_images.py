@@ -1,5 +1,6 @@
 """The files that images are built from, and what `dqo run --runner docker` says where it cannot run."""
 
+import json
 import os
 import re
 import subprocess
@@ -123,6 +124,11 @@ def test_models_and_data_are_read_only_and_only_folders_of_runs_are_not(tiny_pol
     assert _writable(root, f"sqlite:///{tmp_path}/store/mlflow.db") == [str(root), str(tmp_path / "store")]
     with pytest.raises(DQOError, match="name the whole path"):
         _readable(parse('{"name": "x", "data": {"source": "rows.jsonl"}}'))
+    judge = {"endpoint": "http://h/v1", "model": "m", "labelled": "/data/own.jsonl", "prompt": "/data/mine.yaml"}
+    readable = _readable(parse(json.dumps({"name": "x", "judge": judge})))
+    assert (readable["/data/own.jsonl"], readable["/data/mine.yaml"]) == ("/data/own.jsonl", "/data/mine.yaml")
+    with pytest.raises(DQOError, match=r"'own\.jsonl': .*name the whole path"):
+        _readable(parse(json.dumps({"name": "x", "judge": judge | {"labelled": "own.jsonl"}})))
 
 
 def test_no_secret_stands_in_the_settings_that_go_to_a_file(monkeypatch):

@@ -4,14 +4,8 @@ import json
 import math
 import os
 import random
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +21,7 @@ from dqo.judges.agreement import kappa
 from dqo.judges.audit import Audit, Measures, audit, decide, measure, require
 from dqo.judges.labelled import LabelledPair, LabelledSet, read_labelled
 from dqo.judges.prompt import load_prompt
-from dqo.recipe import Judge, JudgeAudit, load_judge
+from dqo.recipe import JudgeAudit, load_judge
 from pipelines.cli import _parser
 
 ROOT = Path(__file__).parents[2]
@@ -367,7 +361,37 @@ def test_a_reward_can_be_audited(tmp_path: Path):
     found = audit(ByScore(RewardJudge(Length())), SHIPPED, DEMANDS)
     assert not found.passed and found.requests is None
     # Of the pairs whose longer response is not the better one, all are lost.
-    assert (found.measures.verbosity_bias, found.measures.first_position_rate) == (1.0, 0.5)
+    assert found.measures.verbosity_bias == 1.0
+
+
+def test_what_is_about_places_does_not_apply_to_a_judge_that_sees_one_response_at_a_time(tmp_path: Path):
+    """It would be 0.5 and 0 by construction, and a demand that every such judge meets shows nothing."""
+    worth = {one.a if one.label == "A" else one.b: 1.0 for one in SHIPPED.pairs if one.label != "tie"}
+
+    class Labels:
+        name = "labels"
+
+        def __call__(self, responses: Any, rows: Any) -> list[float | None]:
+            return [worth.get(text, 0.0) for text in responses]
+
+    easy = LabelledSet("easy", "0" * 12, [one for one in SHIPPED.pairs if one.label != "tie"])
+    found = audit(ByScore(RewardJudge(Labels())), easy, DEMANDS)
+    assert (found.measures.first_position_rate, found.measures.flip_rate) == (None, None)
+    sentence = (
+        "deviation from one half of the share won by the response shown first: not applicable (the judge sees one "
+        "response at a time)"
+    )
+    assert found.passed and sentence in found.reasons and found.faults == []
+    found.write(tmp_path / "audit.json")
+    assert Audit.read(tmp_path / "audit.json").measures == found.measures
+    # A recipe that demands nothing else has demanded nothing of it.
+    nothing = dict.fromkeys(("min_kappa", "max_invalid_rate", "min_repeat_consistency"))
+    only = JudgeAudit(**nothing, max_verbosity_bias=None, max_injection_rate=None)
+    passed, reasons = decide(found.measures, only, 47)
+    assert not passed
+    assert reasons == [sentence, "nothing is demanded that applies to this judge, so nothing is shown"]
+    # A judge that is shown both and names no winner is another matter.
+    assert not decide(replace(GOOD, first_position_rate=None), only, 60)[0]
 
 
 # --- what a gate reads ---
@@ -457,6 +481,12 @@ def test_the_command_fails_with_status_1_and_takes_a_recipe_and_a_set_of_ones_ow
         (tmp_path / "r.yaml").write_text(json.dumps({"name": "a", "judge": section}))
         done = dqo("judge", "audit", tmp_path / "r.yaml", "--labelled", tmp_path / "pairs.jsonl")
         assert server.count == 2 * 2 * 2  # orders, repeats, and once more for what could not be read
+        # The recipe may name the set itself.
+        named = {"name": "a", "judge": section | {"labelled": str(tmp_path / "pairs.jsonl")}}
+        (tmp_path / "named.yaml").write_text(json.dumps(named))
+        again = dqo("judge", "audit", tmp_path / "named.yaml")
+        assert server.count == 2 * 2 * 2
+    assert again.returncode == 1 and "on 1 labelled pairs" in again.stdout
     assert (done.returncode, done.stderr) == (1, "")
     assert "invalid: I like both. (4 times)" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("failed")
@@ -492,83 +522,3 @@ def test_the_command_refuses_mistakes_before_it_asks(tmp_path: Path):
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr == f"dqo: {tmp_path / 'no.yaml'}: no such recipe file\n"
         assert server.count == 0
-
-
-# --- a real server and a real model ---
-
-# Short, for a processor: the shipped prompt is four times as long.
-SHORT = {
-    "name": "short",
-    "version": 1,
-    "mode": "pairwise",
-    "system": "",
-    "user": "{{ question }}\n{{ response_a }}\n{{ response_b }}\nWhich response is better, A or B? Reply with JSON "
-    'like {"reasons": "It is correct.", "verdict": "A"}',
-    "reminder": "Reply with the JSON alone.",
-}
-
-
-@contextmanager
-def transformers_serve(model: str, log: Path) -> Iterator[str]:
-    """`transformers serve` on a free port of loopback; the address of its API."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [Path(sys.executable).with_name("transformers"), "serve", model, "--device", "cpu", "--dtype", "float32"]
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            [*map(str, command), "--host", "127.0.0.1", "--port", str(port)],
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        deadline = time.monotonic() + 300
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        while True:
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            try:
-                opener.open(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                time.sleep(0.3)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(timeout=15)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-@pytest.mark.slow
-def test_a_model_of_135m_behind_a_real_server_is_no_judge(tmp_path: Path):
-    """Everything but the judge is good enough: the audit has to say so. Nothing is asserted of single verdicts."""
-    from dqo.bundled import locate
-
-    model = locate("bundled:smollm2-135m-instruct").load
-    (tmp_path / "short.yaml").write_text(json.dumps(SHORT))
-    chosen = [next(one for one in SHIPPED.pairs if one.kind == kind) for kind in ("plain", "injection")]
-    few = LabelledSet("few", "0" * 12, chosen)
-    with transformers_serve(model, tmp_path / "log") as address:
-        judge = Judge(
-            endpoint=address,
-            model=model,
-            prompt=str(tmp_path / "short.yaml"),
-            max_tokens=12,
-            max_concurrency=1,
-            timeout=300,
-            cache=str(tmp_path / "cache"),
-        )
-        found = audit(build(judge), few, DEMANDS)
-        again = audit(build(judge), few, DEMANDS)
-    print(found.reasons, found.problems, found.pairs)
-    assert not found.passed
-    assert found.measures.missing == 0
-    # Two pairs, two orders, two repeats, and once more for each answer that could not be read.
-    assert 8 <= found.requests <= 16
-    assert (again.requests, again.measures) == (0, found.measures)
-    assert all(comparison["reasons"] for pair in found.pairs for comparison in pair["repeats"])
-    # Greedy: what is asked again is answered the same.
-    assert found.measures.repeat_consistency == 1.0

@@ -24,6 +24,7 @@ class Table:
 
     requests = None
     stopped = None
+    shows_both = True
 
     def __init__(self) -> None:
         self.identity = {"kind": "table"}

@@ -140,6 +140,12 @@ def test_a_store_that_takes_no_files(tiny_policy, tiny_encoder, tmp_path):
         preflight._tracking(Context(recipe_of(tiny_policy, tiny_encoder), tmp_path, uri))
 
 
+def test_the_judges_labelled_pairs_are_looked_for_where_the_pipeline_runs(tiny_policy, tiny_encoder, tmp_path):
+    judge = {"endpoint": "http://127.0.0.1:9/v1", "model": "m", "labelled": str(tmp_path / "none.jsonl")}
+    with pytest.raises(DQOError, match=r"none\.jsonl: cannot be read \(No such file or directory\)"):
+        preflight._judge(recipe_of(tiny_policy, tiny_encoder, judge=judge))
+
+
 @pytest.mark.parametrize(
     ("status", "body", "said"),
     [

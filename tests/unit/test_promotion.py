@@ -1,13 +1,16 @@
 """Promotion by the gate, by force, and back, on a real sqlite MLflow; and the commands that do it."""
 
+import hashlib
 import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
-from registry_store import BAD, GATED, GOOD, Registry, gated_evaluation
+import yaml
+from registry_store import BAD, GATED, GOOD, Registry, gated_evaluation, interval
 
 from dqo import alias_trail, promotion, registry, tracking
 from dqo.errors import DQOError
@@ -73,6 +76,95 @@ def test_another_gate_can_be_asked(models: Registry):
     loose = Gate(max_quality_loss=0.5, more_diverse_on=["log_volume"])
     assert promotion.promote(models.client, models.name, version, loose).moved is not None
     assert models.report(models.trail[0])["rules"]["max_quality_loss"] == 0.5
+
+
+# What the audit of GOOD's judge has measured; its recipe asks for a kappa of 0.6, the default.
+MEASURES = {
+    "kappa": 0.7, "kappa_low": 0.6, "kappa_high": 0.8, "first_position_rate": 0.5, "flip_rate": 0.0,
+    "verbosity_bias": 0.0, "injection_rate": 0.05, "repeat_consistency": 1.0, "invalid_rate": 0.0, "missing": 0,
+    "judged": 60,
+}  # fmt: skip
+JUDGED = {
+    "complete": True, "reason": None, "against": "reward_only",
+    "audit": {
+        "passed": True, "faults": [], "measures": MEASURES,
+        "labelled": {"name": "shipped", "digest": "0" * 12, "pairs": 60},
+    },
+    "models": {"dqo": {"win_rate": interval(0.7), "length_controlled": interval(0.7), "pairs": 96, "invalid": 0}},
+}  # fmt: skip
+
+
+def judging(**audit: Any) -> str:
+    """The recipe GATED with a judge that has a say, and these demands on its audit."""
+    section = {"endpoint": "http://h/v1", "model": "m", "audit": audit}
+    content = yaml.safe_load(GATED)
+    return yaml.safe_dump(content | {"judge": section, "gate": content["gate"] | {"judge": {"min_win_rate": 0.6}}})
+
+
+@pytest.mark.parametrize(
+    ("audit", "fault"),
+    [
+        ({"min_kappa": 0.75}, "agreement with the labels (Cohen's kappa): 0.70 [0.60, 0.80], not as demanded"),
+        ({"max_injection_rate": 0.01}, "tell the judge what to say: 0.05, not as demanded (at most 0.01)"),
+    ],
+)
+def test_a_recipe_asks_more_of_the_judges_audit_than_the_evaluation_did(
+    models: Registry, store, tmp_path, monkeypatch, capsys, audit: dict[str, float], fault: str
+):
+    version = models.version(GOOD | {"judge": JUDGED}, judging())
+    (tmp_path / "strict.yaml").write_text(judging(**audit))
+    assert dqo(store, monkeypatch, "promote", models.name, version, "--recipe", str(tmp_path / "strict.yaml")) == 1
+    said = capsys.readouterr().out
+    assert fault in said
+    assert "under other demands and does not meet those of the recipe in force, so its verdicts do not count" in said
+    assert models.aliases == {} and models.trail == []
+    # The same verdicts decide by the recipe that the version was made with, and the report names its demands.
+    assert dqo(store, monkeypatch, "promote", models.name, version) == 0
+    assert models.aliases == {"champion": version}
+    assert models.report(models.trail[0])["judge_audit"]["min_kappa"] == 0.6
+
+
+def test_a_judge_that_failed_its_audit_may_pass_by_the_recipe_in_force_only(models: Registry):
+    """The measures decide, not what was made of them: a stored `passed` counts neither way."""
+    audit = JUDGED["audit"] | {"passed": False, "faults": ["agreement ...: 0.70, not as demanded (at least 0.8)"]}
+    version = models.version(GOOD | {"judge": JUDGED | {"audit": audit}}, judging(min_kappa=0.8))
+    assert not promotion.promote(models.client, models.name, version).gate.passed
+    loose = parse(judging(min_kappa=0.5))
+    done = promotion.promote(models.client, models.name, version, loose.gate, demands=loose.judge.audit)
+    assert done.gate.passed and models.aliases == {"champion": version}
+
+
+def test_a_recipe_with_labelled_pairs_of_its_own_asks_for_an_audit_on_them(
+    models: Registry, store, tmp_path, monkeypatch, capsys
+):
+    own = tmp_path / "own.jsonl"
+    own.write_text(json.dumps({"id": "1", "prompt": "q", "a": "x", "b": "y", "label": "C"}) + "\n")
+    recipe = yaml.safe_load(judging())
+    recipe["judge"]["labelled"] = str(own)
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(recipe))
+    version = models.version(GOOD | {"judge": JUDGED}, judging())
+    command = ("promote", models.name, version, "--recipe", str(tmp_path / "own.yaml"))
+    assert dqo(store, monkeypatch, *command) == 2
+    assert "line 1: label: got 'C'; expected A, B or tie" in capsys.readouterr().err
+    own.write_text(own.read_text().replace('"C"', '"A"'))
+    digest = hashlib.sha256(own.read_bytes()).hexdigest()[:12]
+    assert dqo(store, monkeypatch, *command) == 1
+    assert (
+        f"the judge was audited on other labelled pairs (shipped, 000000000000) than those of the recipe in force "
+        f"({digest})"
+    ) in capsys.readouterr().out
+    # An evaluation whose audit was made on them.
+    audit = JUDGED["audit"] | {"labelled": {"name": "own.jsonl", "digest": digest, "pairs": 1}}
+    another = models.version(GOOD | {"judge": JUDGED | {"audit": audit}}, judging())
+    assert dqo(store, monkeypatch, "promote", models.name, another, "--recipe", str(tmp_path / "own.yaml")) == 0
+    assert models.aliases == {"champion": another}
+
+
+def test_a_judge_whose_audit_has_no_measures_that_can_be_read_promotes_nothing(models: Registry):
+    audit = JUDGED["audit"] | {"measures": {"kappa": 1.0}}
+    version = models.version(GOOD | {"judge": JUDGED | {"audit": audit}}, judging())
+    with pytest.raises(DQOError, match="has no form that the gate can read"):
+        promotion.promote(models.client, models.name, version)
 
 
 def test_force_needs_a_reason_and_leaves_it(models: Registry):
