@@ -133,17 +133,23 @@ class RunFollower(Follower):
 
     def _reasons(self, tasks: list[Any], found: list[tuple[str, Any]], error: Any) -> list[str]:
         """Why a run failed: what its failed tasks say, the stages' own words first, nothing twice."""
-        title = {task.task_id: self.stages[stage].title for stage, task in found}
+        stage_of = {task.task_id: stage for stage, task in found}
         owner = _owners(tasks, found)
+        parts: dict[str, str] = {}  # stage -> what the first failed part of it says
+        for task in tasks:
+            if task.state == "FAILED" and task.task_id in owner and _words(task):
+                parts.setdefault(owner[task.task_id], _words(task))
         lines, said = [], set()
-        for task in sorted(tasks, key=lambda task: task.task_id not in title):  # else in the server's order
+        for task in sorted(tasks, key=lambda task: task.task_id not in stage_of):  # else in the server's order
             words = _words(task)
-            if task.task_id in title and task.state in ("FAILED", "CANCELED"):
-                lines.append(f"{title[task.task_id]}: {words or _no_words(task)}")
+            if task.task_id in stage_of and task.state in ("FAILED", "CANCELED"):
+                stage = stage_of[task.task_id]
+                words = words or parts.get(stage, "")
+                lines.append(f"{self.stages[stage].title}: {words or _no_words(task)}")
             elif words and words not in said and task.state == "FAILED":
                 # What a stage is made of, or a group of stages; these often repeat what is told already.
-                stage = owner.get(task.task_id)
-                lines.append(f"{self.stages[stage].title if stage else task.display_name or 'a task'}: {words}")
+                title = self.stages[owner[task.task_id]].title if task.task_id in owner else task.display_name
+                lines.append(f"{title or 'a task'}: {words}")
             else:
                 continue
             said.add(words)

@@ -202,11 +202,13 @@ def test_what_a_stage_is_made_of_and_other_tasks_give_reasons_too(server, monkey
         task("dqo-rl", "FAILED", 3, message="Error (exit code 1)"),
         task("executor", "FAILED", 5, "dqo-rl-4", message="Evicted"),
         task("dqo-rl", "FAILED", 4, message="Error (exit code 1)"),
+        task("dqo-sft", "FAILED", 2),
+        task("executor", "FAILED", 6, "dqo-sft-2", message="OOMKilled"),
     ]
     assert follow(server, monkeypatch, run_of("FAILED", *tasks)) == 1
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "  RL reward-only: Error (exit code 1); DQO-RL: Error (exit code 1); prepare-driver: no such volume; "
-        "DQO-RL: Evicted"
+        "  RL reward-only: Error (exit code 1); DQO-RL: Error (exit code 1); DQO-SFT: OOMKilled; "
+        "prepare-driver: no such volume; DQO-RL: Evicted"
     )
 
 
