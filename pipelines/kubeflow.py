@@ -26,6 +26,7 @@ TOKEN_VARIABLE = "KFP_TOKEN"
 _DEFAULT_EXPERIMENT = "Default"  # the one that Kubeflow makes at its installation
 _TIMEOUT = (10.0, 60.0)  # seconds to connect, to answer
 _PAGE = 100
+_HEADER = "authorization"
 _COMPILER = threading.Lock()  # kfp's compiler keeps its pipeline in a global
 
 
@@ -50,6 +51,10 @@ class Access:
 
 class Unreachable(DQOError):
     """The server does not answer, or says that it cannot at the moment."""
+
+
+class _LoginNeeded(DQOError):
+    """The server takes no request with this token."""
 
 
 class Server:
@@ -77,8 +82,8 @@ class Server:
             configuration.ssl_ca_cert = str(access.ca_file)
         token = _token(access.token_file)
         if token:
-            configuration.api_key["authorization"] = token
-            configuration.api_key_prefix["authorization"] = "Bearer"
+            configuration.api_key[_HEADER] = token
+            configuration.api_key_prefix[_HEADER] = "Bearer"
         self._client = api.ApiClient(configuration)
         self.pipelines = api.PipelineServiceApi(self._client)
         self.uploads = api.PipelineUploadServiceApi(self._client)
@@ -100,7 +105,18 @@ class Server:
             DQOError: If it fails.
         """
         try:
-            return method(*arguments, _request_timeout=_TIMEOUT, **options)
+            try:
+                return self._ask(what, method, *arguments, **options)
+            except _LoginNeeded:
+                # A token that somebody renews in its file, as Kubernetes does, outlives a run only there.
+                if not self._renewed():
+                    raise
+                try:
+                    return self._ask(what, method, *arguments, **options)
+                except _LoginNeeded as error:
+                    raise DQOError(
+                        f"{error}; {self._access.token_file} held a new one, which was refused too"
+                    ) from None
         except api.ApiException as error:
             raise self._refused(what, error) from None
         except urllib3.exceptions.HTTPError as error:
@@ -111,6 +127,64 @@ class Server:
             raise DQOError(
                 f"--host {self.host}: the answer to the request to {what} is not one of Kubeflow Pipelines ({error})"
             ) from None
+
+    def _ask(self, what: str, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """One request, as it is.
+
+        Raises:
+            _LoginNeeded: If the server wants another token, in words or by its page to log in.
+            Exception: As the client fails.
+        """
+        self._client.last_response = None
+        try:
+            answer = method(*arguments, _request_timeout=_TIMEOUT, **options)
+        except api.ApiException as error:
+            if error.status == 401:
+                raise self._unknown(what, error) from None
+            raise
+        except (ValueError, TypeError, AttributeError):
+            if self._client.last_response is not None and not self._is_object():
+                raise self.page() from None
+            raise
+        # The client makes an empty model of whatever is no JSON.
+        if not self._is_object():
+            raise self.page()
+        return answer
+
+    def _is_object(self) -> bool:
+        """Whether the last answer is a JSON object, as all of the API's are."""
+        try:
+            return isinstance(json.loads(self._client.last_response.data), dict)
+        except ValueError:
+            return False
+
+    def _renewed(self) -> bool:
+        """Take the token from its file again; whether it is another one."""
+        if self._access.token_file is None:
+            return False
+        try:
+            token = _token(self._access.token_file)
+        except DQOError:  # what the server said of the old one tells more
+            return False
+        keys = self._client.configuration.api_key
+        if token == keys[_HEADER]:
+            return False
+        keys[_HEADER] = token
+        return True
+
+    def page(self) -> DQOError:
+        """What is said of an answer that is none of the API's."""
+        return _LoginNeeded(
+            f"--host {self.host}: answers with a page instead of the API, often a page to log in; give a token "
+            f"(--token-file or {TOKEN_VARIABLE}), or the address under which Kubeflow Pipelines itself is served"
+        )
+
+    def _unknown(self, what: str, error: Any) -> DQOError:
+        given = "was refused; it may have expired" if self._client.configuration.api_key else "is missing"
+        return _LoginNeeded(
+            f"--host {self.host}: cannot {what}: the token {given} (401{_reason(error)}); give a new one with "
+            f"--token-file or {TOKEN_VARIABLE}"
+        )
 
     def everything(self, what: str, method: Callable[..., Any], field: str, **options: Any) -> Iterator[Any]:
         """All pages of a list.
@@ -232,26 +306,11 @@ class Server:
     def _check(self) -> None:
         health = api.HealthzServiceApi(self._client)
         answer = self.call("ask for its health", health.healthz_service_get_healthz)
-        try:
-            known = isinstance(json.loads(self._client.last_response.data), dict)
-        except ValueError:
-            known = False
-        if not known:
-            raise DQOError(
-                f"--host {self.host}: answers with a page instead of the API, often a page to log in; give a token "
-                f"(--token-file or {TOKEN_VARIABLE}), or the address under which Kubeflow Pipelines itself is served"
-            )
         if answer.multi_user and not self._access.namespace:
             raise DQOError(f"--host {self.host}: serves several users; expected --namespace with the one of the runs")
 
     def _refused(self, what: str, error: Any) -> DQOError:
         reason = _reason(error)
-        if error.status == 401:
-            given = "was refused; it may have expired" if self._client.configuration.api_key else "is missing"
-            return DQOError(
-                f"--host {self.host}: cannot {what}: the token {given} (401{reason}); give a new one with "
-                f"--token-file or {TOKEN_VARIABLE}"
-            )
         if error.status == 403:
             where = f" in namespace {self._access.namespace!r}" if self._access.namespace else ""
             return DQOError(
@@ -342,6 +401,27 @@ def connected(access: Access) -> Iterator[Server]:
     finally:
         server._client.close()
         server._client.rest_client.pool_manager.clear()
+
+
+def require_no_password(uri: str | None, where: str) -> None:
+    """Refuse an address with a user name or password: a run's parameters are shown to all who see the run.
+
+    Args:
+        uri: The address, of any scheme; None is none.
+        where: The option or field that it comes from, for the message, which does not repeat the address.
+
+    Raises:
+        DQOError: If it holds user information, or can't be read as an address.
+    """
+    try:
+        netloc = urlparse(uri or "").netloc
+    except ValueError as error:
+        raise DQOError(f"{where}: not an address ({error}); expected http(s)://host:port") from None
+    if "@" in netloc:
+        raise DQOError(
+            f"{where}: holds a user name or password, which would be written into reports and compiled pipelines; "
+            "expected http(s)://host:port, with MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD set where it runs"
+        )
 
 
 def _address(host: str) -> str:

@@ -1,7 +1,8 @@
 """The command `schedule`: runs of a recipe that Kubeflow starts by the clock, one schedule a name."""
 
-from collections.abc import Callable
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta, tzinfo
+from itertools import islice
 from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -10,7 +11,7 @@ from cronsim import CronSim, CronSimError
 
 from dqo.errors import DQOError
 from dqo.recipe import Recipe
-from pipelines.kubeflow import Access, Server, connected, named, parameters
+from pipelines.kubeflow import Access, Server, connected, named, parameters, require_no_password
 from pipelines.submit import same_parameters
 
 _FIELDS = ("minute", "hour", "day-of-month", "month", "day-of-week")
@@ -22,6 +23,14 @@ _RANGES = {
     "day-of-week": "0 to 7 (0 and 7 are Sunday) or sun to sat",
 }
 _ENABLED = "ENABLED"
+# What robfig/cron 1.2, the parser of Kubeflow's controller, takes in its six fields.
+_BOUNDS = {"second": (0, 59), "minute": (0, 59), "hour": (0, 23), "day-of-month": (1, 31), "month": (1, 12),
+           "day-of-week": (0, 6)}  # fmt: skip
+_NAMES = {
+    "month": {name: at for at, name in enumerate("jan feb mar apr may jun jul aug sep oct nov dec".split(), 1)},
+    "day-of-week": {name: at for at, name in enumerate("sun mon tue wed thu fri sat".split())},
+}
+_YEARS = 5  # that it looks ahead
 
 
 def run(
@@ -47,8 +56,9 @@ def run(
         service_account: As of `submit`.
 
     Raises:
-        DQOError: If the cron line or zone is wrong, or the server refuses something.
+        DQOError: If the cron line or zone is wrong, MLflow's address holds a password, or the server refuses something.
     """
+    require_no_password(mlflow_uri, "--mlflow-uri")
     if recipe.resources.caching.get("prepare", False):
         raise DQOError("resources.caching.prepare: got true; with it, a schedule would never see changed data")
     kubeflow = to_kubeflow(cron)
@@ -65,7 +75,7 @@ def run(
             runtime_config=parameters(recipe, mlflow_uri, skip_unchanged=True),
             service_account=service_account,
             trigger=api.V2beta1Trigger(cron_schedule=api.V2beta1CronSchedule(cron=kubeflow)),
-            mode="DISABLE",
+            mode="ENABLE",
             no_catchup=True,
             max_concurrency="1",
         )
@@ -131,7 +141,7 @@ def show(access: Access) -> int:
 def to_kubeflow(cron: str) -> str:
     """Kubeflow's six fields, seconds first, of cron's five.
 
-    Its parser (robfig/cron) counts the days of a week from 0 to 6 and knows no `L`, `W` and `#`.
+    Its parser (robfig/cron 1.2) counts the days of a week from 0 to 6 and knows no `L`, `W` and `#`.
 
     Raises:
         DQOError: Naming the field that is wrong.
@@ -146,7 +156,7 @@ def to_kubeflow(cron: str) -> str:
         if "#" in field or (name in ("day-of-month", "day-of-week") and ("L" in letters or "W" in letters)):
             raise DQOError(f"--cron {cron!r}: {name} {field!r}: Kubeflow knows no L, W and #; expected {_RANGES[name]}")
     try:
-        parsed = CronSim(cron, datetime.now(UTC))
+        CronSim(cron, datetime.now(UTC))
     except CronSimError as error:
         wrong = str(error).removeprefix("Bad ")
         if wrong not in _FIELDS:
@@ -155,17 +165,173 @@ def to_kubeflow(cron: str) -> str:
             f"--cron {cron!r}: {wrong} {fields[_FIELDS.index(wrong)]!r}: expected {_RANGES[wrong]}, *, a list a,b, "
             "a range a-b or a step */n"
         ) from None
-    if next(parsed, None) is None:
-        raise DQOError(f"--cron {cron!r}: no such day comes")
-    days = fields[4]
-    if not days.startswith("*") and "7" in days.partition("/")[0]:
-        # A pair of day and week is what `#` makes, which is refused above.
-        days = ",".join(str(day) for day in sorted({day % 7 for day in parsed.weekdays if isinstance(day, int)}))
-    return " ".join(["0", *fields[:4], days])
+    line = " ".join(["0", *map(_for_kubeflow, _FIELDS, fields)])
+    if KubeflowCron(line).next(datetime.now(UTC), UTC) is None:
+        raise DQOError(f"--cron {cron!r}: no such day comes in the {_YEARS} years that Kubeflow looks ahead")
+    return line
+
+
+def _for_kubeflow(name: str, field: str) -> str:
+    """A field that means to Kubeflow's parser what it means to cron.
+
+    To it, a week's days end with 6, `1/2` ends there too, `3-3/2` is 3 alone, and a star counts as one wherever it
+    stands in a list.
+    """
+    at, meant, same = _FIELDS.index(name), set[int](), True
+    stars = []
+    for item in field.split(","):
+        parsed = CronSim(" ".join(item if place == at else "*" for place in range(len(_FIELDS))), datetime.now(UTC))
+        wanted = (parsed.minutes, parsed.hours, parsed.days, parsed.months, parsed.weekdays)[at]
+        # A pair of day and week is what `#` makes, which is refused before.
+        values = {value % 7 if name == "day-of-week" else value for value in wanted if isinstance(value, int)}
+        try:
+            read, star = _read(name, item)
+        except ValueError:
+            read, star = frozenset[int](), False
+        if star and read == values and field.startswith("*"):
+            stars.append(item)
+        else:
+            meant |= values
+            same = same and read == values and not star
+    return field if same else ",".join([*stars, *map(str, sorted(meant))])
+
+
+def _read(name: str, field: str) -> tuple[frozenset[int], bool]:
+    """A field's numbers as robfig/cron 1.2 reads them, and whether it counts as a star.
+
+    Raises:
+        ValueError: If it takes no such field.
+    """
+    low, high = _BOUNDS[name]
+    values: set[int] = set()
+    star = False
+
+    def number(text: str) -> int:
+        return _NAMES.get(name, {})[text.lower()] if text.lower() in _NAMES.get(name, {}) else int(text)
+
+    for item in field.split(","):
+        span, slash, step = item.partition("/")
+        first, hyphen, last = span.partition("-")
+        if first == "*":
+            begin, end, star = low, high, True
+        else:
+            begin = number(first)
+            end = number(last) if hyphen else high if slash else begin
+        by = int(step) if slash else 1
+        if not low <= begin <= end <= high or by < 1:
+            raise ValueError(f"{item}: out of {low} to {high}")
+        values |= set(range(begin, end + 1, by))
+    return frozenset(values), star
+
+
+class KubeflowCron:
+    """When Kubeflow's controller starts a schedule: by the rules of robfig/cron 1.2, in one time zone.
+
+    They differ from cron's. A time that the clocks skip is left out, and one that comes twice counts twice. A day has
+    to fit both its month's and its week's field where one of them has a star, else one of the two. In zones that change
+    their clocks at midnight, a day may be missed or an hour of the next one taken, as by the controller.
+
+    Raises:
+        ValueError: If a field is none that it takes.
+    """
+
+    def __init__(self, line: str) -> None:
+        second, minute, hour, day, month, weekday = line.split()
+        self._seconds, self._minutes, self._hours, self._months = (
+            _read(name, field)[0]
+            for name, field in (("second", second), ("minute", minute), ("hour", hour), ("month", month))
+        )
+        self._days, self._any_day = _read("day-of-month", day)
+        self._weekdays, self._any_weekday = _read("day-of-week", weekday)
+
+    def next(self, moment: datetime, zone: tzinfo) -> datetime | None:
+        """The first time after a moment, in the zone; None where the years that it looks ahead have none.
+
+        Args:
+            moment: Aware.
+            zone: The controller's.
+        """
+
+        def at(year: int, month: int, day: int = 1, hour: int = 0, minute: int = 0, second: int = 0) -> datetime:
+            """Go's time.Date: which moment a clock time is that comes twice or never, depends on the zone's side."""
+            clock = datetime(year, month, 1, hour, minute, second, tzinfo=UTC) + timedelta(days=day - 1)
+            return clock - _offset(clock - _offset(clock, zone), zone)
+
+        def later(here: datetime, months: int = 0, days: int = 0) -> datetime:
+            """Go's AddDate: the same time of the clock on another day."""
+            years, month = divmod(here.month - 1 + months, 12)
+            return at(here.year + years, month + 1, here.day + days, here.hour, here.minute, here.second)
+
+        # Of each field: whether it fits, how the fields below are set back, the next value, whether that begins anew.
+        # Days and months follow the clock, what is shorter follows time.
+        walk: tuple[tuple[Callable[[datetime], Any], ...], ...] = (
+            (
+                lambda here: here.month in self._months,
+                lambda here: at(here.year, here.month),
+                lambda here: later(here, months=1),
+                lambda here: here.month == 1,
+            ),
+            (
+                self._fits,
+                lambda here: at(here.year, here.month, here.day),
+                lambda here: later(here, days=1),
+                lambda here: here.day == 1,
+            ),
+            (
+                lambda here: here.hour in self._hours,
+                lambda here: at(here.year, here.month, here.day, here.hour),
+                lambda here: here.astimezone(UTC) + timedelta(hours=1),
+                lambda here: here.hour == 0,
+            ),
+            (
+                lambda here: here.minute in self._minutes,
+                lambda here: here.astimezone(UTC).replace(second=0),
+                lambda here: here.astimezone(UTC) + timedelta(minutes=1),
+                lambda here: here.minute == 0,
+            ),
+            (
+                lambda here: here.second in self._seconds,
+                lambda here: here,
+                lambda here: here.astimezone(UTC) + timedelta(seconds=1),
+                lambda here: here.second == 0,
+            ),
+        )
+        here = (moment.astimezone(UTC).replace(microsecond=0) + timedelta(seconds=1)).astimezone(zone)
+        end, set_back = here.year + _YEARS, False
+        while here.year <= end:
+            for fits, floor, step, anew in walk:
+                while not fits(here):
+                    if not set_back:
+                        set_back, here = True, floor(here).astimezone(zone)
+                    here = step(here).astimezone(zone)
+                    if anew(here):
+                        break  # all fields again, from the month
+                else:
+                    continue
+                break
+            else:
+                return here
+        return None
+
+    def _fits(self, here: datetime) -> bool:
+        fitting = here.day in self._days, here.isoweekday() % 7 in self._weekdays
+        return all(fitting) if self._any_day or self._any_weekday else any(fitting)
+
+
+def _offset(moment: datetime, zone: tzinfo) -> timedelta:
+    return moment.astimezone(zone).utcoffset() or timedelta()
+
+
+def _times(cron: str, zone: tzinfo, moment: datetime) -> Iterator[datetime]:
+    """The times of a valid line of five fields after a moment."""
+    schedule, following = KubeflowCron(to_kubeflow(cron)), moment
+    while (coming := schedule.next(following, zone)) is not None:
+        yield coming
+        following = coming
 
 
 def in_words(cron: str, timezone: str, now: datetime | None = None) -> list[str]:
-    """What a valid cron line means, with its next three times, in lines for people.
+    """What a valid cron line means, with the next three times of Kubeflow's controller, in lines for people.
 
     Args:
         cron: The five fields.
@@ -179,9 +345,9 @@ def in_words(cron: str, timezone: str, now: datetime | None = None) -> list[str]
         zone = ZoneInfo(timezone)
     except (ZoneInfoNotFoundError, ValueError, OSError):
         raise DQOError(f"--timezone {timezone!r}: no such time zone; expected a name such as Europe/Berlin") from None
-    times = CronSim(cron, (now or datetime.now(UTC)).astimezone(zone))
-    lines = [f"  {times.explain()}, time zone {timezone}. Next:"]
-    for moment, _ in zip(times, range(3), strict=False):
+    now = now or datetime.now(UTC)
+    lines = [f"  {CronSim(cron, now).explain()}, time zone {timezone}. Next:"]
+    for moment in islice(_times(cron, zone, now), 3):
         local = moment.astimezone()
         here = "" if local.utcoffset() == moment.utcoffset() else f"  ({local:%H:%M %Z} here)"
         lines.append(f"    {moment:%a %Y-%m-%d %H:%M %Z}{here}")
@@ -195,23 +361,30 @@ def in_words(cron: str, timezone: str, now: datetime | None = None) -> list[str]
 def _replace(server: Server, body: Any) -> str:
     """Make a schedule and remove others of its name; returns what was done.
 
-    Kubeflow can't change one. The new one stands still until the others are gone, so that no two start runs; of several
-    made at once, the last one stays.
+    Kubeflow can't change one. The new one is made in the state that it will have, running or paused: what is paused was
+    then paused by somebody, wherever a command ended before its time. Where the old one can't be removed, both run,
+    which the error says, until a repeat removes them. Of several made at once, the last one stays.
     """
     service = server.recurring
     before = _named(server, body.display_name)
     paused = bool(before) and all(entry.status != _ENABLED for entry in before)
     if len(before) == 1 and _same(before[0], body):
-        return "is as it was" + (" (paused)" if paused else "")
+        return "is as it was" + (" (paused; --resume starts it)" if paused else "")
+    body.mode = "DISABLE" if paused else "ENABLE"
     made = server.call("make a schedule", service.recurring_run_service_create_recurring_run, body)
-    entries = _named(server, body.display_name)
-    last = max(entries, key=lambda entry: (entry.created_at, entry.recurring_run_id), default=made)
-    for entry in entries:
-        if entry.recurring_run_id != last.recurring_run_id:
+    try:
+        for entry in before:
             _delete(server, entry)
-    if not paused:
-        enable = service.recurring_run_service_enable_recurring_run
-        server.call("start a schedule", enable, last.recurring_run_id)
+        entries = _named(server, body.display_name)
+        last = max(entries, key=lambda entry: (entry.created_at, entry.recurring_run_id), default=made)
+        for entry in entries:
+            if entry.recurring_run_id != last.recurring_run_id:
+                _delete(server, entry)
+    except DQOError as error:
+        raise DQOError(
+            f"{error}\nThe new schedule {body.display_name} is made; another of that name may still start runs beside "
+            "it: repeat the command"
+        ) from None
     if last.recurring_run_id != made.recurring_run_id:
         return "was changed by another command at the same time, which counts"
     done = "changed" if before else "made"

@@ -1,7 +1,8 @@
 """A Kubeflow Pipelines server for tests: the REST paths of v2beta1 that the commands use, with its state in memory.
 
 Answers are written by the models of `kfp_server_api`, and what is sent is read by them: an unknown field is an error.
-Names are unique where Kubeflow's database wants them so. What it can't show is how a real server runs anything.
+Names are unique where Kubeflow's database wants them so, and cron lines are those that its parser takes. What it can't
+show is how a real server runs anything.
 """
 
 import json
@@ -9,7 +10,7 @@ import re
 import ssl
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from email.parser import BytesParser
@@ -59,6 +60,7 @@ class KubeflowServer:
         states: What `GET run` answers, one after another, the last one for ever.
         fail: Path prefix -> status and message to answer with.
         requests: Method and path of each request.
+        before: Called with the method and path of each request before it is answered.
     """
 
     def __init__(self) -> None:
@@ -69,6 +71,7 @@ class KubeflowServer:
         self.states: list[api.V2beta1Run] = []
         self.fail: dict[str, tuple[int, str]] = {}
         self.requests: list[str] = []
+        self.before: Callable[[str], None] = lambda where: None
         self.experiments = [self._experiment("Default", None)]
         self.pipelines: list[Any] = []
         self.versions: list[Any] = []
@@ -177,8 +180,8 @@ class KubeflowServer:
     def _schedule(self, made: Any) -> tuple[int, bytes]:
         if not self._known(made):
             return error(404, "Failed to fetch the pipeline version or experiment")
-        if len(made.trigger.cron_schedule.cron.split()) != 6:
-            return error(400, "Schedule cron is not supported: expected exactly 6 fields")
+        if wrong := wrong_cron(made.trigger.cron_schedule.cron):
+            return error(400, f"Schedule cron is not supported: {wrong}")
         made.recurring_run_id, made.created_at = str(uuid.uuid4()), self.now()
         made.status = "ENABLED" if made.mode == "ENABLE" else "DISABLED"
         self.schedules.append(made)
@@ -209,6 +212,30 @@ class KubeflowServer:
 def error(status: int, message: str) -> tuple[int, bytes]:
     """As grpc-gateway writes errors."""
     return status, json.dumps({"error": message, "code": status, "message": message, "details": []}).encode()
+
+
+_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+_DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
+_BOUNDS = {"second": (0, 59), "minute": (0, 59), "hour": (0, 23), "day": (1, 31), "month": (1, 12), "weekday": (0, 6)}
+
+
+def wrong_cron(line: str) -> str:
+    """Why robfig/cron, with which Kubeflow reads cron lines, does not take one; empty where it does."""
+    fields = line.split()
+    if len(fields) != len(_BOUNDS):
+        return f"Expected exactly 6 fields, found {len(fields)}: {line}"
+    for (name, (low, high)), field in zip(_BOUNDS.items(), fields, strict=True):
+        for at, word in enumerate({"month": _MONTHS, "weekday": _DAYS}.get(name, ())):
+            field = re.sub(rf"(?i)\b{word}\b", str(at + low), field)
+        for item in field.split(","):
+            match = re.fullmatch(r"(?:\*|(\d+)(?:-(\d+))?)(?:/(\d+))?", item)
+            if match is None or (match[3] is not None and int(match[3]) == 0):
+                return f"Failed to parse {item} in {field}"
+            first = low if match[1] is None else int(match[1])
+            last = first if match[2] is None else int(match[2])
+            if not low <= first <= last <= high:
+                return f"{name} {item} is not between {low} and {high}"
+    return ""
 
 
 def task(name: str, state: str, number: int = 0, parent: str | None = None, message: str | None = None) -> Any:
@@ -244,6 +271,7 @@ def serve(certificate: Path | None = None) -> Iterator[tuple[KubeflowServer, str
             body = self.rfile.read(int(self.headers.get("content-length") or 0))
             parsed = urlparse(self.path)
             state.requests.append(f"{self.command} {parsed.path}")
+            state.before(state.requests[-1])
             query = {key: values[-1] for key, values in parse_qs(parsed.query).items()}
             if state.page is not None:
                 status, answer, kind = 200, state.page, "text/html"

@@ -10,14 +10,16 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
+import kfp_server_api as api
 import pytest
 import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from kfp_server import KubeflowServer, run_of, serve, task
+from kfp_server import KubeflowServer, run_of, serve, task, wrong_cron
 
 from dqo.errors import DQOError
 from dqo.recipe import load
@@ -168,6 +170,132 @@ def test_a_failed_run_ends_with_1_and_its_reason(server, monkeypatch, capsys):
     assert "  DQO-SFT: failed" in out and "Run failed\n  DQO-SFT: OOMKilled\n" in out
 
 
+def test_a_failed_preflight_and_exit_handler_are_shown_with_their_reasons(server, monkeypatch, capsys):
+    secret = "resources.secrets.mlflow: the Secret 'mlflow-user' does not exist in this namespace"
+    tasks = [
+        task("root", "FAILED", 0, message=secret),  # a group that repeats what its task says
+        task("run", "FAILED", 1, "root-0"),
+        task("preflight", "FAILED", 2, "run-1", message=secret),
+        task("finish", "FAILED", 3, "root-0"),
+    ]
+    assert follow(server, monkeypatch, run_of("FAILED", *tasks)) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert out[2:] == [
+        "Preflight",
+        "  Preflight: failed",
+        "Finish",
+        "  Finish: failed",
+        "Run failed",
+        f"  Preflight: {secret}; Finish: failed; see its log",
+    ]
+
+
+def test_what_a_stage_is_made_of_and_other_tasks_give_reasons_too(server, monkeypatch, capsys):
+    """Variants that fail alike are told apart; a message may stand in the history of a task's states alone."""
+    driver = task("prepare-driver", "FAILED", 7)
+    driver.state_history = [
+        api.V2beta1RuntimeStatus(state="RUNNING"),
+        api.V2beta1RuntimeStatus(state="FAILED", error=api.GoogleRpcStatus(code=2, message="no such volume")),
+    ]
+    tasks = [
+        driver,
+        task("dqo-rl", "FAILED", 3, message="Error (exit code 1)"),
+        task("executor", "FAILED", 5, "dqo-rl-4", message="Evicted"),
+        task("dqo-rl", "FAILED", 4, message="Error (exit code 1)"),
+        task("dqo-sft", "FAILED", 2),
+        task("executor", "FAILED", 6, "dqo-sft-2", message="OOMKilled"),
+    ]
+    assert follow(server, monkeypatch, run_of("FAILED", *tasks)) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "  RL reward-only: Error (exit code 1); DQO-RL: Error (exit code 1); DQO-SFT: OOMKilled; "
+        "prepare-driver: no such volume; DQO-RL: Evicted"
+    )
+
+
+def test_a_task_that_no_node_takes_is_spoken_of_once(server, monkeypatch, capsys):
+    """It may be a part of a stage; one that waits for a moment is not spoken of, and watching goes on."""
+    monkeypatch.setattr(submit, "_PENDING", 0.4)
+    done = task("prepare", "SUCCEEDED", 1)
+    waits = run_of("RUNNING", done, task("dqo-sft", "RUNNING", 2), task("executor", "PENDING", 3, "dqo-sft-2"))
+    server.states = [run_of("RUNNING", task("prepare", "PENDING", 1)), run_of("RUNNING", done)]
+    server.states += [waits] * 30  # at 0.05 seconds each
+    server.states += [run_of("SUCCEEDED", done, task("dqo-sft", "SUCCEEDED", 2))]
+    begin = datetime.now()
+    assert dqo(monkeypatch, "submit", RECIPE, "--host", server.host, "--watch") == 0
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.splitlines() if "PENDING" in line]
+    assert line.startswith("  DQO-SFT: warning: waits for a node (PENDING since ")
+    since = datetime.strptime(line, "  DQO-SFT: warning: waits for a node (PENDING since %Y-%m-%d %H:%M:%S)")
+    assert begin.replace(microsecond=0) <= since <= datetime.now()
+    assert out.splitlines()[-1] == "Run succeeded"
+
+
+def test_tasks_that_wait_for_less_than_five_minutes_are_not_spoken_of(server, monkeypatch, capsys):
+    assert submit._PENDING == 300
+    states = [run_of("RUNNING", task("prepare", "PENDING", 1))] * 5
+    assert follow(server, monkeypatch, *states, run_of("SUCCEEDED")) == 0
+    assert "PENDING" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("answer", [b"<html>Log in</html>", b"", b"[]", b"{}", b"null"])
+def test_watching_ends_where_the_answer_is_not_the_run(server, monkeypatch, capsys, answer: bytes):
+    """A proxy whose session is over answers 200 with its page; a model without a run's id is no run either."""
+
+    def before(where: str) -> None:
+        if where.startswith("GET /apis/v2beta1/runs/") and server.requests.count(where) == 2:
+            server.page = answer
+
+    server.before = before
+    assert follow(server, monkeypatch, run_of("RUNNING", task("prepare", "RUNNING"))) == 2
+    error = capsys.readouterr().err
+    assert "answers with a page instead of the API, often a page to log in" in error and "--token-file" in error
+    assert f"The run goes on: {server.host}/#/runs/details/{server.runs[0].run_id}" in error
+
+
+def test_a_run_that_is_answered_by_a_page_is_not_said_to_be_started(server, monkeypatch, capsys):
+    def before(where: str) -> None:
+        server.page = b"<html>Log in</html>" if where == "POST /apis/v2beta1/runs" else None
+
+    server.before = before
+    assert dqo(monkeypatch, "submit", RECIPE, "--host", server.host) == 2
+    told = capsys.readouterr()
+    assert "page to log in" in told.err and "Run: " not in told.out
+
+
+@pytest.mark.parametrize("by", ["status 401", "page"])
+@pytest.mark.parametrize("renewed", ["fitting", "other", "same", "gone"])
+def test_a_token_that_is_renewed_in_its_file_is_taken(server, monkeypatch, capsys, tmp_path, renewed: str, by: str):
+    """Servers say that a token has expired by 401, or by a page to log in."""
+    file = tmp_path / "token"
+    file.write_text("first")
+    server.token = "first"
+    server.states = [run_of("RUNNING", task("prepare", "RUNNING"))] * 3 + [run_of("SUCCEEDED")]
+    asked: list[int] = []
+
+    def before(where: str) -> None:
+        if where.startswith("GET /apis/v2beta1/runs/"):
+            asked.append(1)
+            expired = len(asked) == 2 or (len(asked) > 2 and renewed != "fitting")
+            server.page = b"<html>" if expired and by == "page" else None
+        if len(asked) == 2:
+            server.token = "second"
+            if renewed == "gone":
+                file.unlink(missing_ok=True)
+            else:
+                file.write_text({"fitting": "second", "other": "third", "same": "first"}[renewed])
+
+    server.before = before
+    status = dqo(monkeypatch, "submit", RECIPE, "--host", server.host, "--token-file", file, "--watch")
+    told = capsys.readouterr()
+    if renewed == "fitting":
+        assert status == 0 and told.out.endswith("Run succeeded\n") and len(asked) == 5
+        return
+    assert status == 2 and len(asked) == (3 if renewed == "other" else 2)
+    assert ("the token was refused; it may have expired (401" if by == "status 401" else "page to log in") in told.err
+    assert (f"; {file} held a new one, which was refused too" in told.err) == (renewed == "other")
+    assert "The run goes on: " in told.err and "third" not in told.err
+
+
 @pytest.mark.slow
 def test_ctrl_c_stops_watching_and_not_the_run(server, tmp_path):
     server.states = [run_of("RUNNING", task("prepare", "RUNNING"))]
@@ -207,10 +335,29 @@ def test_a_server_that_is_away_for_a_moment_is_waited_for(server, monkeypatch, c
         ("30 4 * * 7", "0 30 4 * * 0"),
         ("30 4 * * 5-7", "0 30 4 * * 0,5,6"),
         ("0 0 * jul wed", "0 0 0 * jul wed"),
+        ("0 2 * * */2,7", "0 0 2 * * */2,0"),
+        ("0 2 1 * *,7", "0 0 2 1 * *,0"),
+        ("0 2 * * 7,*/2", "0 0 2 * * 0,2,4,6"),  # a list that begins with no star is no star to cron
+        ("0 2 * * 1/2,7", "0 0 2 * * 0,1,3,5"),
+        ("0 2 * * 1/2", "0 0 2 * * 0,1,3,5"),
+        ("0 2 * * mon,5-7/2", "0 0 2 * * 0,1,5"),
+        ("3-3/20 2 * * *", "0 3,23,43 2 * * *"),
     ],
 )
 def test_five_fields_become_kubeflows_six(cron: str, kubeflow: str):
     assert schedule.to_kubeflow(cron) == kubeflow
+    assert wrong_cron(kubeflow) == ""
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["0 0 2 * * 7", "0 0 2 * * */2,7", "0 0 2 * * 5-7", "0 0 2 * 0 *", "0 0 2 32 * *", "0 0 24 * * *", "0 60 2 * * *",
+     "60 0 2 * * *", "0 0 2 * * 5-1", "0 */0 2 * * *", "0 0 2 L * *", "0 2 * * *"],
+)  # fmt: skip
+def test_the_test_server_takes_no_line_that_kubeflow_refuses(line: str):
+    assert wrong_cron(line)
+    with pytest.raises(ValueError):
+        schedule.KubeflowCron(line)
 
 
 @pytest.mark.parametrize(
@@ -220,6 +367,7 @@ def test_five_fields_become_kubeflows_six(cron: str, kubeflow: str):
         ("0 24 * * *", "hour '24': expected 0 to 23"),
         ("0 2 32 * *", "day-of-month '32': expected 1 to 31"),
         ("0 2 30 2 *", "day-of-month '30'"),
+        ("0 2 29 2 */7", "no such day comes in the 5 years that Kubeflow looks ahead"),  # 2032 has the next such Sunday
         ("0 2 * 13 *", "month '13': expected 1 to 12"),
         ("0 2 * * 8", "day-of-week '8': expected 0 to 7"),
         ("0 2 * * * *", "got 6 fields, expected 5"),
@@ -246,6 +394,113 @@ def test_the_next_times_are_those_of_the_zone():
     ]
     with pytest.raises(DQOError, match="no such time zone"):
         schedule.in_words("0 2 * * *", "Mars/Olympus")
+
+
+# Cron line, then minutes, hours, days, months and days of the week that it means, and whether a day has to be in both.
+EVERY_DAY, EVERY_MONTH, EVERY_WEEKDAY = set(range(1, 32)), set(range(1, 13)), set(range(7))
+LINES = [
+    ("30 2 * * *", {30}, {2}, EVERY_DAY, EVERY_MONTH, EVERY_WEEKDAY, all),
+    ("*/20 1-3 * 3,10 sun", {0, 20, 40}, {1, 2, 3}, EVERY_DAY, {3, 10}, {0}, all),
+    ("30 2 13 * 5", {30}, {2}, {13}, EVERY_MONTH, {5}, any),
+    ("30 2 */10 * 1", {30}, {2}, {1, 11, 21, 31}, EVERY_MONTH, {1}, all),
+    ("30 2 1-7 * */2,7", {30}, {2}, {1, 2, 3, 4, 5, 6, 7}, EVERY_MONTH, {0, 2, 4, 6}, all),
+    ("0 0 31 1,3,4 1/2,7", {0}, {0}, {31}, {1, 3, 4}, {0, 1, 3, 5}, any),
+    ("59 23 28-31 2,4,10 *", {59}, {23}, {28, 29, 30, 31}, {2, 4, 10}, EVERY_WEEKDAY, all),
+]
+
+
+@pytest.mark.parametrize("start", ["2026-03-27T11:59:30", "2026-10-23T23:30:00", "2027-12-30T00:00:00"])
+@pytest.mark.parametrize("line", LINES, ids=[line[0] for line in LINES])
+def test_the_next_times_are_all_minutes_whose_clock_fits(line: tuple, start: str):
+    """Minute by minute through the nights in which Berlin's clocks change, and through months and a leap year."""
+    cron, minutes, hours, days, months, weekdays, rule = line
+    berlin = ZoneInfo("Europe/Berlin")
+    begin = datetime.fromisoformat(start).replace(tzinfo=UTC)
+    found, minute = [], begin.replace(second=0)
+    while len(found) < 8 and minute < begin + timedelta(days=200):
+        minute += timedelta(minutes=1)
+        clock = minute.astimezone(berlin)
+        day_fits = rule((clock.day in days, (clock.weekday() + 1) % 7 in weekdays))
+        if clock.minute in minutes and clock.hour in hours and day_fits and clock.month in months:
+            found.append(minute)
+    times = schedule.KubeflowCron(schedule.to_kubeflow(cron))
+    moment, told = begin, []
+    for _ in found:
+        moment = times.next(moment, berlin)
+        told.append(moment.astimezone(UTC))
+    assert told == found and len(found) >= 2
+
+
+@pytest.mark.parametrize(
+    ("zone", "start", "line", "expected"),
+    [
+        ("Europe/Berlin", "2026-03-27", "0 30 2 * * *", ["03-27 02:30 CET", "03-28 02:30 CET", "03-30 02:30 CEST"]),
+        ("Europe/Berlin", "2026-10-24", "0 30 2 * * *", ["10-24 02:30 CEST", "10-25 02:30 CEST", "10-25 02:30 CET",
+                                                         "10-26 02:30 CET"]),
+        ("America/New_York", "2026-10-31", "0 0 1 * * 0", ["11-01 01:00 EDT", "11-01 01:00 EST", "11-08 01:00 EST"]),
+        ("Australia/Lord_Howe", "2026-04-04", "0 45 1 * * *", ["04-05 01:45 +11", "04-05 01:45 +1030",
+                                                               "04-06 01:45 +1030"]),
+        # Clocks that change at midnight: a Friday taken for Thursday, a Sunday missed.
+        ("Africa/Cairo", "2026-04-22", "0 30 2 * * 4", ["04-23 02:30 EET", "04-24 02:30 EEST", "04-30 02:30 EEST"]),
+        ("America/Havana", "2026-03-05", "0 30 2 * * 0", ["03-15 02:30 CDT", "03-22 02:30 CDT"]),
+        ("UTC", "2026-01-01", "0 0 2 10 * 1", ["01-05 02:00 UTC", "01-10 02:00 UTC", "01-12 02:00 UTC"]),
+        ("UTC", "2026-01-01", "0 0 2 */10 * 1", ["05-11 02:00 UTC", "06-01 02:00 UTC", "08-31 02:00 UTC"]),
+        ("UTC", "2026-01-01", "0 0 2 29 2 */7", []),
+    ],
+)  # fmt: skip
+def test_the_next_times_are_those_of_the_library_that_kubeflow_uses(
+    zone: str, start: str, line: str, expected: list[str]
+):
+    """Printed by robfig/cron 1.2.0 itself, from midnight UTC on."""
+    moment = datetime.fromisoformat(start).replace(tzinfo=UTC)
+    times = []
+    for _ in range(max(len(expected), 1)):
+        moment = schedule.KubeflowCron(line).next(moment, ZoneInfo(zone))
+        times += [f"{moment:%m-%d %H:%M %Z}"] if moment else []
+    assert times == expected
+
+
+@pytest.mark.parametrize(
+    ("now", "expected"),
+    [
+        ("2026-03-28T12:00", ["Mon 2026-03-30 02:30 CEST", "Tue 2026-03-31 02:30 CEST", "Wed 2026-04-01 02:30 CEST"]),
+        ("2026-10-24T12:00", ["Sun 2026-10-25 02:30 CEST", "Sun 2026-10-25 02:30 CET", "Mon 2026-10-26 02:30 CET"]),
+    ],
+)
+def test_a_night_without_the_hour_is_left_out_and_one_with_two_is_told_twice(now: str, expected: list[str]):
+    lines = schedule.in_words("30 2 * * *", "Europe/Berlin", datetime.fromisoformat(now).replace(tzinfo=UTC))
+    assert [line.split("  (")[0].strip() for line in lines[1:4]] == expected
+
+
+def test_a_schedule_is_on_the_server_in_its_final_state_from_the_first(server, capsys):
+    """There is no second request whose failure would leave a schedule that looks paused."""
+    server.fail["POST /recurringruns/"] = (503, "no healthy upstream")  # neither enabled nor disabled
+    assert schedule.run(load(RECIPE), Access(server.host), "0 2 * * 1/2,7") == 0
+    (made,) = server.schedules
+    assert made.status == "ENABLED" and made.trigger.cron_schedule.cron == "0 0 2 * * 0,1,3,5"
+    server.fail.clear()
+    schedule.change(Access(server.host), "quickstart", "pause")
+    server.fail["POST /recurringruns/"] = (503, "no healthy upstream")
+    assert schedule.run(load(RECIPE), Access(server.host), "0 3 * * *") == 0
+    (changed,) = server.schedules
+    assert changed.status == "DISABLED" and changed.trigger.cron_schedule.cron == "0 0 3 * * *"
+    assert schedule.run(load(RECIPE), Access(server.host), "0 3 * * *") == 0
+    assert "is as it was (paused; --resume starts it)" in capsys.readouterr().out and server.schedules == [changed]
+
+
+def test_a_replacement_that_ended_half_way_is_finished_by_a_repeat(server, capsys):
+    schedule.run(load(RECIPE), Access(server.host), "0 2 * * *")
+    server.fail["POST /recurringruns"] = (500, "database is locked")
+    with pytest.raises(DQOError, match="cannot make a schedule"):
+        schedule.run(load(RECIPE), Access(server.host), "0 3 * * *")
+    assert [entry.trigger.cron_schedule.cron for entry in server.schedules] == ["0 0 2 * * *"]  # as it was
+    server.fail = {"DELETE /recurringruns": (500, "database is locked")}
+    with pytest.raises(DQOError, match="another of that name may still start runs beside it: repeat the command"):
+        schedule.run(load(RECIPE), Access(server.host), "0 3 * * *")
+    server.fail.clear()
+    assert schedule.run(load(RECIPE), Access(server.host), "0 3 * * *") == 0
+    (last,) = server.schedules
+    assert last.status == "ENABLED" and last.trigger.cron_schedule.cron == "0 0 3 * * *"
 
 
 @pytest.mark.slow
@@ -343,6 +598,33 @@ def test_an_address_that_is_none_is_refused_without_its_password(host: str):
     with pytest.raises(DQOError, match="--host") as error:
         submit.run(load(RECIPE), Access(host))
     assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://user:secret@mlflow",
+        "HTTPS://secret@mlflow:5000/x",
+        "postgresql+psycopg://u:secret@db/mlflow",
+        "//u:secret@m",
+    ],
+)
+@pytest.mark.parametrize("command", [("submit",), ("schedule", "--cron", "0 2 * * *")], ids=["submit", "schedule"])
+def test_a_password_in_mlflows_address_is_refused_and_not_repeated(
+    server, monkeypatch, capsys, command: tuple[str, ...], uri: str
+):
+    name, *options = command
+    assert dqo(monkeypatch, name, RECIPE, *options, "--host", server.host, "--mlflow-uri", uri) == 2
+    told = capsys.readouterr()
+    assert "--mlflow-uri: holds a user name or password" in told.err and "MLFLOW_TRACKING_PASSWORD" in told.err
+    assert "secret" not in told.err + told.out and server.requests == []
+
+
+def test_an_at_sign_behind_the_host_is_no_password(server):
+    submit.run(load(RECIPE), Access(server.host), "http://mlflow:5000/a@b")
+    assert server.runs[0].runtime_config.parameters["mlflow_uri"] == "http://mlflow:5000/a@b"
+    with pytest.raises(DQOError, match="--mlflow-uri: not an address"):
+        submit.run(load(RECIPE), Access(server.host), "http://[mlflow")
 
 
 def test_a_refused_upload_starts_no_run(server):
