@@ -703,8 +703,11 @@ class Registry(_Section):
 
 
 def holds_credentials(address: str) -> bool:
-    """Whether an address of any scheme names a password, or one of a web server a user."""
-    parts = urlparse(address)
+    """Whether an address of any scheme names a password, or one of a web server a user; False for what is no address."""
+    try:
+        parts = urlparse(address)
+    except ValueError:
+        return False
     user, _, _ = parts.netloc.rpartition("@")
     return ":" in user or (bool(user) and parts.scheme in ("http", "https"))
 

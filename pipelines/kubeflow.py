@@ -20,7 +20,7 @@ import kfp_server_api as api
 import urllib3
 
 from dqo.errors import DQOError
-from dqo.recipe import Recipe
+from dqo.recipe import Recipe, holds_credentials
 
 TOKEN_VARIABLE = "KFP_TOKEN"
 _DEFAULT_EXPERIMENT = "Default"  # the one that Kubeflow makes at its installation
@@ -411,13 +411,13 @@ def require_no_password(uri: str | None, where: str) -> None:
         where: The option or field that it comes from, for the message, which does not repeat the address.
 
     Raises:
-        DQOError: If it holds user information, or can't be read as an address.
+        DQOError: If it holds credentials, or can't be read as an address.
     """
     try:
-        netloc = urlparse(uri or "").netloc
+        urlparse(uri or "")
     except ValueError as error:
         raise DQOError(f"{where}: not an address ({error}); expected http(s)://host:port") from None
-    if "@" in netloc:
+    if holds_credentials(uri or ""):
         raise DQOError(
             f"{where}: holds a user name or password, which would be written into reports and compiled pipelines; "
             "expected http(s)://host:port, with MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD set where it runs"
