@@ -703,7 +703,7 @@ class Registry(_Section):
 
 
 def holds_credentials(address: str) -> bool:
-    """Whether an address of any scheme names a password, or one of a web server a user; False for what is no address."""
+    """Whether an address of any scheme names a password, or one of a web server a user; what is no address has none."""
     try:
         parts = urlparse(address)
     except ValueError:
