@@ -30,7 +30,8 @@ demo: install  ## Run the main job: the whole DQO pipeline on a real 135M model 
 test: install  ## Run every check and test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m 'not benchmark and not cluster and not container' -n 2 --dist loadfile --durations 20 --durations-min 15
+	$(BIN)/pytest -m 'not benchmark and not cluster and not container' -n 2 --dist loadfile \
+	  --no-loadscope-reorder --durations 20 --durations-min 15
 
 test-fast: install  ## Run the fast tests only
 	$(BIN)/pytest -m 'not benchmark and not cluster and not container and not slow' -q

@@ -267,11 +267,9 @@ def generated() -> dict[Path, str]:
     }
 
 
-def outdated() -> list[Path]:
-    """Return the generated files whose text on disk is missing or differs."""
-    return [
-        path for path, text in generated().items() if not path.is_file() or path.read_text(encoding="utf-8") != text
-    ]
+def outdated(files: dict[Path, str]) -> list[Path]:
+    """Return those of the generated files whose text on disk is missing or differs."""
+    return [path for path, text in files.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
 
 
 def copy_picture(run: Path) -> Path:
@@ -299,7 +297,7 @@ def main() -> None:
         if arguments.picture is not None:
             sys.stdout.write(f"{PICTURE.relative_to(ROOT)} from {copy_picture(arguments.picture)}\n")
         elif arguments.check:
-            names = [str(path.relative_to(ROOT)) for path in outdated()]
+            names = [str(path.relative_to(ROOT)) for path in outdated(generated())]
             if names:
                 sys.exit(f"out of date: {', '.join(names)}; run `make docs`")
         else:
