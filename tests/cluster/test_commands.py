@@ -131,7 +131,7 @@ def test_evidence_that_cannot_be_had_is_no_error(server: ApiServer):
 def run_tests(name: str) -> subprocess.CompletedProcess[str]:
     """Run one of the cluster tests."""
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "cluster", "-k", name, HERE],
+        [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-m", "cluster", "-k", name, HERE],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
@@ -144,6 +144,16 @@ def test_each_test_leaves_no_namespace(server: ApiServer):
     done = run_tests("refused")
     assert done.returncode == 0 and f"{len(MAJORS)} passed" in done.stdout, done.stdout
     assert server.requests.count("POST /api/v1/namespaces") == len(MAJORS)
+    assert server.objects == {}
+
+
+@pytest.mark.slow
+def test_a_cluster_that_refuses_nobody_is_told_before_anything_is_installed(server: ApiServer):
+    server.allows = lambda spec: True
+    done = run_tests("nothing_else")
+    assert done.returncode == 0 and f"{len(MAJORS)} skipped" in done.stdout, done.stdout
+    assert "every account of this cluster may read Secrets" in done.stdout
+    assert {review["user"].rpartition(":")[2] for review in server.reviews} == {"nobody-in-particular"}
     assert server.objects == {}
 
 
