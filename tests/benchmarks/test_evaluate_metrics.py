@@ -5,6 +5,7 @@ Beside it a loop over nltk's self-BLEU.
 
 import gzip
 import json
+import re
 import time
 from pathlib import Path
 
@@ -72,7 +73,8 @@ def test_all_metrics_of_a_thousand_prompts(capsys: pytest.CaptureFixture[str]) -
         for name in metric.reports:
             assert alone[name] == pytest.approx(result[name], rel=1e-6)
 
-    few = groups[:60]
+    # Plain words, which both take apart in the same way.
+    few = [[" ".join(re.findall("[a-z]+", text.lower())) for text in group] for group in groups[:60]]
     naive, ours = [], []
     for _ in range(3):
         start = time.perf_counter()
