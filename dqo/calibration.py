@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dqo.advantage import group_advantages
+from dqo.checkpoint import CheckpointCard
 from dqo.data import prepare, read_rows
 from dqo.defences import Defences, embedded_text
 from dqo.diversity import Group, group_score
@@ -39,7 +40,7 @@ from dqo.errors import DQOError
 from dqo.evaluation.statistics import Interval, bootstrap_interval
 from dqo.files import read_jsonl
 from dqo.generation import Response, left_pad, sample_texts, shares_prompts
-from dqo.policy import CheckpointCard, default_device, end_of_turn_ids, load_for_inference, load_tokenizer, stop_ids
+from dqo.policy import default_device, end_of_turn_ids, load_for_inference, load_tokenizer, stop_ids
 from dqo.recipe import Method, Recipe
 from dqo.rewards import build, score
 from dqo.shared_prompt import add_shared_prompt_forward

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dqo.errors import DQOError
-from dqo.evaluation.metrics import METRICS
+from dqo.evaluation.catalogue import METRICS
 from dqo.evaluation.statistics import Interval, bootstrap_interval, holm, overlap, paired_difference, paired_p_value
 from dqo.judges import audit as judge_audit
 from dqo.recipe import Gate, GateJudge, JudgeAudit

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dqo import rewards
+from dqo.checkpoint import CHECKPOINT_CARD
 from dqo.determinant import leave_one_out_bonus
 from dqo.embedding import ResponseEncoder
 from dqo.errors import DQOError
@@ -15,7 +16,7 @@ from dqo.evaluation.metrics import log_volume
 from dqo.files import read_jsonl
 from dqo.generation import Response
 from dqo.mlflow_errors import in_words
-from dqo.policy import CHECKPOINT_CARD, default_device
+from dqo.policy import default_device
 from dqo.recipe import Encoder, Recipe, Sampling, parse
 from dqo.serving import ResponseGroups
 from dqo.tasks import get_task

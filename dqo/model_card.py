@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from dqo import __version__
 from dqo.bundled import origin
-from dqo.evaluation.metrics import METRICS
-from dqo.policy import CheckpointCard
+from dqo.checkpoint import CheckpointCard
+from dqo.evaluation.catalogue import METRICS
 from dqo.recipe import Recipe
 from dqo.stages.labels import label
 

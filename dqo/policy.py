@@ -1,71 +1,23 @@
-"""Loading the model that is trained: tokenizer, base weights, adapters, and what identifies them in lineage."""
+"""Loading the model that is trained: tokenizer, base weights, adapters.
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass
+peft takes as long to import as torch and transformers together: the functions that put adapters on import it, so that
+what reads a tokenizer alone does not wait for it.
+"""
+
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dqo.bundled import locate
+from dqo.checkpoint import CheckpointCard
 from dqo.errors import DQOError
-from dqo.files import write_text
 from dqo.recipe import Policy
 
-CHECKPOINT_CARD = "checkpoint.json"
-
-
-@dataclass(frozen=True)
-class CheckpointCard:
-    """What a trained checkpoint is and where it comes from; `checkpoint.json` beside the weights.
-
-    Attributes:
-        model: Name in the run: `sft`, `reward_only`, `dqo`.
-        weights: `adapter` (needs the base model) or `full`.
-        base_model: The recipe's name of the base model.
-        base_revision: Its hub revision or package version, `None` for a local directory.
-        stage_key: Digest over everything the stage read (recipe sections, data, parent checkpoint, library version).
-        data_digest: Digest of the training and evaluation rows.
-        recipe_digest: Digest of the whole recipe.
-        parent: `stage_key` of the checkpoint it was trained from, `None` for the base model.
-        steps: Optimiser steps.
-        mlflow_run_id: The run that trained it.
-        stopped: The health rule that ended training early (`dqo.health.Finding.to_dict`), `None` where none did.
-    """
-
-    model: str
-    weights: str
-    base_model: str
-    base_revision: str | None
-    stage_key: str
-    data_digest: str
-    recipe_digest: str
-    parent: str | None
-    steps: int
-    mlflow_run_id: str
-    stopped: dict[str, Any] | None = None
-
-    def write(self, folder: Path) -> None:
-        """Write the card into a checkpoint folder."""
-        write_text(folder / CHECKPOINT_CARD, json.dumps(asdict(self), indent=2) + "\n")
-
-    @classmethod
-    def read(cls, folder: Path) -> "CheckpointCard":
-        """Read the card of a checkpoint folder.
-
-        Raises:
-            DQOError: If there is none, or it is not one of ours.
-        """
-        path = folder / CHECKPOINT_CARD
-        try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise DQOError(f"{path}: missing; expected a checkpoint written by a training stage") from None
-        except (TypeError, ValueError) as error:
-            raise DQOError(f"{path}: not a checkpoint card ({error})") from None
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def computes_in_bfloat16(device: torch.device) -> bool:
@@ -91,7 +43,7 @@ def default_device() -> torch.device:
     return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
 
 
-def load_tokenizer(policy: Policy) -> PreTrainedTokenizerBase:
+def load_tokenizer(policy: Policy) -> "PreTrainedTokenizerBase":
     """Load the policy's tokenizer, padding on the left.
 
     Raises:
@@ -121,14 +73,14 @@ def stop_ids(policy: Policy) -> list[int]:
     return listed if isinstance(listed, list) else [listed] if listed is not None else []
 
 
-def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[int]:
+def end_of_turn_ids(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> list[int]:
     """Every token that ends a response: the tokenizer's and those of the model's generation configuration."""
     from_model = model.generation_config.eos_token_id if model.generation_config is not None else None
     listed = from_model if isinstance(from_model, list) else [from_model]
     return list(dict.fromkeys(i for i in [tokenizer.eos_token_id, *listed] if i is not None))
 
 
-def load_base(policy: Policy, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_base(policy: Policy, device: torch.device, dtype: torch.dtype | None = None) -> "PreTrainedModel":
     """Load the base model's weights onto a device, in eval mode.
 
     Raises:
@@ -144,7 +96,7 @@ def load_base(policy: Policy, device: torch.device, dtype: torch.dtype | None = 
     return model.to(device).eval()
 
 
-def trainable(policy: Policy, device: torch.device, parent: Path | None) -> PreTrainedModel | PeftModel:
+def trainable(policy: Policy, device: torch.device, parent: Path | None) -> "PreTrainedModel | PeftModel":
     """Return the model to train: the base, or a parent checkpoint, with a trainable adapter unless `lora` is null.
 
     Args:
@@ -157,6 +109,8 @@ def trainable(policy: Policy, device: torch.device, parent: Path | None) -> PreT
             policy = policy.model_copy(update={"model": str(parent), "revision": None})
         return load_base(policy, device)
     base = load_base(policy, device)
+    from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+
     if parent is not None:
         return PeftModel.from_pretrained(base, str(parent), is_trainable=True)
     lora = LoraConfig(
@@ -169,7 +123,7 @@ def trainable(policy: Policy, device: torch.device, parent: Path | None) -> PreT
     return get_peft_model(base, lora)
 
 
-def load_for_inference(policy: Policy, device: torch.device, checkpoint: Path | None) -> PreTrainedModel:
+def load_for_inference(policy: Policy, device: torch.device, checkpoint: Path | None) -> "PreTrainedModel":
     """Load the base model or a checkpoint for sampling, adapters merged.
 
     The merge is made in float32 and rounded once: bfloat16 weights would swallow an adapter's small updates.
@@ -178,18 +132,11 @@ def load_for_inference(policy: Policy, device: torch.device, checkpoint: Path | 
         return load_base(policy, device)
     if CheckpointCard.read(checkpoint).weights == "full":
         return load_base(policy.model_copy(update={"model": str(checkpoint), "revision": None}), device)
+    from peft import PeftModel
+
     base = load_base(policy, device, dtype=torch.float32)
     merged: Any = PeftModel.from_pretrained(base, str(checkpoint)).merge_and_unload()
     return merged.to(resolve_dtype(policy, device)).eval()
-
-
-def weights_digest(folder: Path) -> str:
-    """First 16 hex digits of the SHA-256 over a checkpoint's safetensors files, in name order."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:16]
 
 
 def _load_failure(what: str, name: str, error: Exception) -> str:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from dqo import __version__, alias_trail, promotion, tracking
 from dqo.alias_trail import CHALLENGER
+from dqo.checkpoint import CheckpointCard
 from dqo.evaluation.runs import versions_of
 from dqo.gate import GateResult
 from dqo.mlflow_errors import in_words
-from dqo.policy import CheckpointCard
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

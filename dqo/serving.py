@@ -27,13 +27,8 @@ class ResponseGroups(PythonModel):
         Raises:
             DQOError: If it is none, or its base model cannot be loaded.
         """
-        from dqo.policy import (
-            CheckpointCard,
-            default_device,
-            end_of_turn_ids,
-            load_for_inference,
-            load_tokenizer,
-        )
+        from dqo.checkpoint import CheckpointCard
+        from dqo.policy import default_device, end_of_turn_ids, load_for_inference, load_tokenizer
         from dqo.recipe import Policy
 
         card = CheckpointCard.read(checkpoint)

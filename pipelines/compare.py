@@ -14,8 +14,8 @@ from rich.text import Text
 from dqo import tracking
 from dqo.errors import DQOError
 from dqo.evaluation import comparison, comparison_report, comparison_sources, figures
+from dqo.evaluation.catalogue import METRICS
 from dqo.evaluation.comparison import Compared, Difference
-from dqo.evaluation.metrics import METRICS
 from dqo.evaluation.page import number
 from dqo.evaluation.statistics import Interval
 from dqo.files import write_text

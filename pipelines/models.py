@@ -15,7 +15,7 @@ from dqo import alias_trail, tracking
 from dqo.alias_trail import CHALLENGER, CHAMPION, Event, Moved
 from dqo.errors import DQOError
 from dqo.evaluation import runs
-from dqo.evaluation.metrics import METRICS
+from dqo.evaluation.catalogue import METRICS
 from dqo.evaluation.page import number
 from dqo.files import write_text
 from dqo.mlflow_errors import in_words

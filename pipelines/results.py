@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from dqo.evaluation.best_of import curve_intervals, expected_best, pass_at_k
+from dqo.evaluation.catalogue import METRICS
 from dqo.evaluation.figures import ModelResult, curve_figure, learning_curves_figure, plane_figure, sweep_figure
-from dqo.evaluation.metrics import METRICS
 from dqo.evaluation.statistics import OverSeeds, over_seeds
 from dqo.files import write_text
 from dqo.tasks import get_task

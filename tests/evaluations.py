@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dqo.evaluation.metrics import METRICS
+from dqo.evaluation.catalogue import METRICS
 
 RECIPE = """\
 task: story

@@ -13,6 +13,7 @@ from itertools import pairwise
 from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
+from dqo.evaluation.catalogue import METRICS
 from dqo.evaluation.figures import (
     Box,
     History,
@@ -25,7 +26,6 @@ from dqo.evaluation.figures import (
     volume_bounds,
     volume_of,
 )
-from dqo.evaluation.metrics import METRICS
 
 _LABEL_SIZE = 13
 _CHARACTER = 0.6  # width of an average bold character, in font sizes; labels are placed without measuring the font

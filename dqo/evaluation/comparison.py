@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dqo.errors import DQOError
-from dqo.evaluation.metrics import METRICS
+from dqo.evaluation.catalogue import METRICS
 from dqo.evaluation.page import listed, number, signed
 from dqo.evaluation.statistics import (
     Interval,

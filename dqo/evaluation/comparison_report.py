@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dqo.evaluation import charts, page
+from dqo.evaluation.catalogue import METRICS
 from dqo.evaluation.comparison import (
     Compared,
     Difference,
@@ -18,7 +19,6 @@ from dqo.evaluation.comparison import (
     rate_text,
 )
 from dqo.evaluation.figures import ModelResult, styles
-from dqo.evaluation.metrics import METRICS
 from dqo.evaluation.page import Example, Response
 from dqo.files import write_text
 

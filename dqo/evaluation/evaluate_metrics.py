@@ -26,7 +26,8 @@ from torch import Tensor
 from dqo.embedding import ResponseEncoder
 from dqo.errors import DQOError
 from dqo.evaluation import metrics
-from dqo.evaluation.metrics import METRICS, Groups, PerPrompt
+from dqo.evaluation.catalogue import CLUSTER_THRESHOLD, METRICS
+from dqo.evaluation.metrics import Groups, PerPrompt
 from dqo.evaluation.statistics import bootstrap_interval
 from dqo.recipe import Encoder
 
@@ -324,7 +325,7 @@ class SemanticClusters(EmbeddingMetric):
     def __init__(
         self,
         encoder: Encoder | Encode | str | None = None,
-        threshold: float = metrics.CLUSTER_THRESHOLD,
+        threshold: float = CLUSTER_THRESHOLD,
         **options: Any,
     ) -> None:
         if not -1.0 < threshold <= 1.0:

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 
-from dqo.evaluation.metrics import METRICS
+from dqo.evaluation.catalogue import METRICS
 from dqo.evaluation.statistics import Interval
 
 Marker = Literal["o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*"]

@@ -17,8 +17,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dqo.evaluation import charts
+from dqo.evaluation.catalogue import METRICS
 from dqo.evaluation.figures import ModelResult, measured
-from dqo.evaluation.metrics import METRICS
 from dqo.evaluation.statistics import Interval, overlap
 
 MINUS = "\u2212"

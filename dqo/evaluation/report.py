@@ -14,6 +14,7 @@ from typing import Any, Literal
 from markupsafe import Markup
 
 from dqo.evaluation import charts, page
+from dqo.evaluation.catalogue import METRICS
 from dqo.evaluation.figures import (
     History,
     ModelResult,
@@ -24,7 +25,6 @@ from dqo.evaluation.figures import (
     volume_bounds,
     volume_of,
 )
-from dqo.evaluation.metrics import METRICS
 from dqo.evaluation.page import (
     MINUS,
     Example,

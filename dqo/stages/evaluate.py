@@ -12,19 +12,21 @@ import torch
 
 from dqo import __version__, tracking
 from dqo.bundled import locate
+from dqo.checkpoint import CheckpointCard
 from dqo.data import DataCard, read_rows
 from dqo.embedding import ResponseEncoder
 from dqo.errors import DQOError
 from dqo.evaluation import figures, report
+from dqo.evaluation.catalogue import METRICS
 from dqo.evaluation.figures import ModelResult
-from dqo.evaluation.metrics import METRICS, group_metrics
+from dqo.evaluation.metrics import group_metrics
 from dqo.evaluation.statistics import Interval, bootstrap_interval, paired_difference
 from dqo.files import read_jsonl, write_jsonl, write_text
 from dqo.gate import decide
 from dqo.generation import sample_texts
 from dqo.health import judge as judge_health
 from dqo.judges import build as build_judge
-from dqo.policy import CheckpointCard, default_device, end_of_turn_ids, load_for_inference, load_tokenizer
+from dqo.policy import default_device, end_of_turn_ids, load_for_inference, load_tokenizer
 from dqo.progress import Progress
 from dqo.recipe import Recipe
 from dqo.rewards import Reward, build, score

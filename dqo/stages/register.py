@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from dqo import model_card, registry, tracking
+from dqo.checkpoint import CheckpointCard, weights_digest
 from dqo.errors import DQOError
 from dqo.evaluation import runs
 from dqo.files import write_text
 from dqo.gate import GateResult, decide
 from dqo.mlflow_errors import in_words
-from dqo.policy import CheckpointCard, weights_digest
 from dqo.recipe import Recipe
 from dqo.stages.context import Context, running, stage_key
 from dqo.stages.judging import audit_figures, model_figures

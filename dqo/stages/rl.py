@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from dqo import tracking
+from dqo.checkpoint import CheckpointCard
 from dqo.data import DataCard, read_rows
 from dqo.embedding import ResponseEncoder
 from dqo.errors import DQOError
 from dqo.files import read_jsonl
 from dqo.health import Monitor, judge
-from dqo.policy import CheckpointCard, default_device
+from dqo.policy import default_device
 from dqo.progress import Progress
 from dqo.recipe import Recipe
 from dqo.rewards import TrlReward, build

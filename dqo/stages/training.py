@@ -14,13 +14,14 @@ from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from dqo.bundled import locate
+from dqo.checkpoint import CheckpointCard
 from dqo.data import DataCard
 from dqo.defences import embedded_text
 from dqo.embedding import ResponseEncoder
 from dqo.errors import DQOError
 from dqo.files import read_jsonl, write_jsonl
 from dqo.health import Finding, Monitor
-from dqo.policy import CheckpointCard, default_device, load_tokenizer, resolve_dtype, trainable
+from dqo.policy import default_device, load_tokenizer, resolve_dtype, trainable
 from dqo.progress import Progress
 from dqo.recipe import Recipe, Rl, Sft
 from dqo.stages.context import Context, StageFolder, full_disk_message

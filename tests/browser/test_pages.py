@@ -11,9 +11,9 @@ from evaluations import evaluation
 from html_page import HOSTILE
 
 from dqo.evaluation import comparison, comparison_report, report
+from dqo.evaluation.catalogue import METRICS
 from dqo.evaluation.comparison import Conditions
 from dqo.evaluation.figures import ModelResult
-from dqo.evaluation.metrics import METRICS
 from dqo.evaluation.page import Example, Response
 from dqo.evaluation.statistics import Interval
 from dqo.recipe import Recipe

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "pipeline"))
 from test_pipeline import write_recipe
 
 from dqo import tracking
+from dqo.checkpoint import CheckpointCard
 from dqo.errors import DQOError
-from dqo.policy import CheckpointCard
 from dqo.recipe import load
 from dqo.stages import prepare, rl, sft
 from dqo.stages.context import Context

@@ -11,7 +11,7 @@ import yaml
 from pipeline.tiny_runs import ROOT, environment, write_recipe
 
 from dqo.errors import DQOError
-from dqo.evaluation.metrics import METRICS
+from dqo.evaluation.catalogue import METRICS
 from pipelines.grid import Results, expand, read
 
 PARTS = [

@@ -16,11 +16,11 @@ from judge_server import JudgeServer, Reply, completion, fenced, serving, verdic
 from pipeline.tiny_runs import write_recipe
 
 from dqo import tracking
+from dqo.checkpoint import CheckpointCard
 from dqo.errors import DQOError
 from dqo.files import read_jsonl
 from dqo.gate import decide
 from dqo.judges.labelled import read_labelled
-from dqo.policy import CheckpointCard
 from dqo.recipe import load
 from dqo.stages import evaluate, prepare, register, rl, sft
 from dqo.stages.context import Context

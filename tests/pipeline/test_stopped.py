@@ -12,9 +12,9 @@ from test_pipeline import write_recipe
 
 import dqo.stages.training as training
 from dqo import promotion, tracking
+from dqo.checkpoint import CheckpointCard
 from dqo.errors import DQOError
 from dqo.files import read_jsonl
-from dqo.policy import CheckpointCard
 from dqo.recipe import Recipe, load
 from dqo.stages import evaluate, prepare, register, rl, sft
 from dqo.stages.context import Context

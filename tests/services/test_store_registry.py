@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dqo import registry, tracking
-from dqo.policy import CheckpointCard, trainable
+from dqo.checkpoint import CheckpointCard
+from dqo.policy import trainable
 from dqo.recipe import Lora, Policy, parse
 
 PASSED = registry.GateResult(True, ["quality is within the allowed loss", "log volume: higher, intervals apart"])

@@ -13,11 +13,12 @@ from scipy import stats
 
 import dqo.calibration as calibration
 from dqo.calibration import PAIRS, SHARE, auc, auc_interval, calibrate, check_encoder, spread, ties
+from dqo.checkpoint import CheckpointCard
 from dqo.embedding import ResponseEncoder
 from dqo.errors import DQOError
 from dqo.files import read_jsonl
 from dqo.generation import Response
-from dqo.policy import CheckpointCard, load_for_inference, load_tokenizer
+from dqo.policy import load_for_inference, load_tokenizer
 from dqo.recipe import Encoder, Recipe, parse
 from dqo.shared_prompt import add_shared_prompt_forward
 

@@ -12,9 +12,9 @@ from html_page import HOSTILE, Page
 
 from dqo.errors import DQOError
 from dqo.evaluation import comparison, comparison_report
+from dqo.evaluation.catalogue import METRICS
 from dqo.evaluation.comparison import Conditions, Difference, compare, evaluated, outcome
 from dqo.evaluation.figures import ModelResult, differences_figure, measured, win_rates_figure
-from dqo.evaluation.metrics import METRICS
 from dqo.evaluation.statistics import Interval, paired_p_value
 from dqo.evaluation.win_rate import length_controlled_win_rate
 

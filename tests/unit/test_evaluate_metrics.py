@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from dqo.errors import DQOError
 from dqo.evaluation import evaluate_metrics, metrics
+from dqo.evaluation.catalogue import METRICS
 from dqo.evaluation.evaluate_metrics import (
     CosineDistance,
     DistinctN,
@@ -24,7 +25,6 @@ from dqo.evaluation.evaluate_metrics import (
     SemanticClusters,
     VendiScore,
 )
-from dqo.evaluation.metrics import METRICS
 from dqo.evaluation.statistics import bootstrap_interval
 
 torch.set_num_threads(1)

@@ -14,9 +14,10 @@ import yaml
 from registry_store import Registry
 
 from dqo import inference, registry, tracking
+from dqo.checkpoint import CheckpointCard
 from dqo.embedding import ResponseEncoder
 from dqo.errors import DQOError
-from dqo.policy import CheckpointCard, trainable
+from dqo.policy import trainable
 from dqo.recipe import Encoder, Lora, Policy, Sampling, parse
 from dqo.tasks import get_task
 from pipelines import cli

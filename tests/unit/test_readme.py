@@ -171,7 +171,7 @@ def test_python_blocks_of_the_readme_run(body: str, tmp_path: Path):
 
 
 def test_every_metric_that_mlflow_holds_is_documented():
-    from dqo.evaluation.metrics import METRICS
+    from dqo.evaluation.catalogue import METRICS
     from dqo.stages.training import _METRICS
 
     named = set(spans((ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")))

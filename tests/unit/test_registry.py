@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from dqo import registry, tracking
+from dqo.checkpoint import CheckpointCard
 from dqo.gate import GateResult
-from dqo.policy import CheckpointCard, trainable
+from dqo.policy import trainable
 from dqo.recipe import Lora, Policy, parse
 
 PASSED, FAILED = GateResult(True, ["all rules hold"]), GateResult(False, ["less diverse"])

@@ -11,8 +11,9 @@ from html_page import HOSTILE, Page
 
 from dqo.evaluation import figures, report
 from dqo.evaluation import page as page_parts
+from dqo.evaluation.catalogue import METRICS
 from dqo.evaluation.figures import Box, ModelResult
-from dqo.evaluation.metrics import METRICS, duplicate_rate
+from dqo.evaluation.metrics import duplicate_rate
 from dqo.evaluation.report import Example, Gate, Links, ReportData, Response, Said
 from dqo.evaluation.statistics import Interval
 from dqo.health import Finding as HealthFinding

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dqo.evaluation.metrics import METRICS
+from dqo.evaluation.catalogue import METRICS
 from dqo.recipe import parse
 from pipelines.grid import Cell, Experiment, Results
 from pipelines.results import write_page
