@@ -38,14 +38,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def write_policy(folder: Path) -> Path:
-    """Save a random two-layer Llama of 40,000 parameters with its tokenizer."""
+def write_policy(folder: Path, width: int = 32) -> Path:
+    """Save a random two-layer Llama with its tokenizer: 40,000 parameters, of width 192 800,000."""
     torch.manual_seed(7)
     fast = tokenizer()
     config = LlamaConfig(
         vocab_size=len(fast),
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -1,11 +1,11 @@
-"""Pipelines that stop halfway and go on: killed, interrupted, out of disk, with unusable data or repeated in part."""
+"""Pipelines that stop halfway and go on: out of disk, interrupted, killed, or with unusable data."""
 
 import json
-import os
-import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas
@@ -20,85 +20,143 @@ from pipeline.tiny_runs import (
     started,
     write_recipe,
 )
+from tiny import write_policy
 
 from dqo.recipe import load
 
-
-@pytest.mark.slow
-def test_a_registration_that_is_repeated_alone_ends_with_the_table(tiny_policy, tiny_encoder, tmp_path):
-    """As after a failed registration: Kubeflow's cache holds every task but that one, whose run evaluates nothing."""
-    recipe = write_recipe(tmp_path / "tiny.yaml", tiny_policy, tiny_encoder, rl={"steps": 1})
-    out = tmp_path / "runs"
-    first = run(recipe, out)
-    assert first.returncode == 0, first.stdout + first.stderr
-    before = len(events(out))
-    (folder,) = out.glob("tiny-*")
-    (entry,) = [path for path in folder.glob("cache/*.json") if "registration" in json.loads(path.read_text())]
-    entry.unlink()
-    (stage,) = out.glob("workspace/stages/register-*")
-    shutil.rmtree(stage)
-    done = run(recipe, out)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert started(events(out)[before:]) == ["register"]
-    assert [path.name for path in max(folder.glob("artifacts/*")).iterdir()] == ["register"]
-    begin = "Means over the evaluation prompts"
-    table, expected = (text[text.index(begin) : text.index("Report:")] for text in (done.stdout, first.stdout))
-    assert table == expected and "registered tiny-stories version 1 as challenger" in table
+STEPS = 60
 
 
-@pytest.mark.slow
-def test_full_fine_tuning_registers_a_model_that_generates(tiny_policy, tiny_encoder, tmp_path):
-    out = tmp_path / "runs"
-    done = run(write_recipe(tmp_path / "full.yaml", tiny_policy, tiny_encoder, policy={"lora": None}), out)
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
-    assert runs_of(out)["rl-dqo"].data.params["policy.lora"] == "full fine-tuning"
-    (group,) = registered_model(out).predict(
-        pandas.DataFrame({"prompt": ["Write about a boat."]}), params={"n": 3, "max_new_tokens": 5, "seed": 1}
-    )
-    assert len(group) == 3 and all(isinstance(response, str) for response in group)
+@dataclass(frozen=True)
+class Try:
+    """One call of `dqo run`, the same each time."""
+
+    status: int
+    printed: str
+    happened: list[dict]
+    """What the stages reported meanwhile."""
+    ended: dict[str, str]
+    """How the runs in MLflow stood afterwards, by their names."""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])
-def test_killed_during_rl_it_continues(tiny_policy, tiny_encoder, tmp_path, how):
-    """Killed behind a checkpoint, the same command repeats no finished stage and starts at the checkpoint."""
-    recipe = write_recipe(tmp_path / "tiny.yaml", tiny_policy, tiny_encoder, rl={"steps": 120, "save_every": 10})
-    out = tmp_path / "runs"
+@dataclass(frozen=True)
+class Interrupted:
+    """A run that was called four times until it was through."""
+
+    recipe: Path
+    out: Path
+    disk_full: Try | None
+    """At the first checkpoint; `None` where no small file system can be mounted."""
+    ctrl_c: Try
+    """In the reward-only stage, behind a checkpoint."""
+    killed: Try
+    """In the DQO stage, behind a checkpoint."""
+    through: Try
+
+
+def try_until(recipe: Path, out: Path, stage: str | None = None, how: int = 0) -> Try:
+    """Call `dqo run`, and send it a signal as soon as a stage has written a checkpoint."""
+    before = len(events(out)) if list(out.glob("workspace/progress/*")) else 0
     process = subprocess.Popen(
         command("run", recipe, "--out", out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=environment(),
     )  # fmt: skip
-    deadline = time.time() + 300
-    while time.time() < deadline:
-        time.sleep(0.2)
-        marks = list(out.glob("workspace/stages/rl-reward_only-*/checkpoints/*/complete"))
-        if marks or process.poll() is not None:
-            break
-    assert process.poll() is None, process.stdout.read()
-    process.send_signal(how)
-    printed, _ = process.communicate(timeout=60)
-    if how == signal.SIGINT:
-        assert process.returncode == 130
-        assert f"dqo run {recipe} --out {out}" in printed and "Traceback" not in printed
-        stops = [(e["stage"], e["message"]) for e in events(out) if e["event"] == "error"]
-        assert stops == [("rl-reward_only", "interrupted")]
-        ended = {name: run.info.status for name, run in runs_of(out).items()}
-        assert ended == {"prepare": "FINISHED", "sft": "FINISHED", "rl-reward_only": "KILLED", "tiny": "KILLED"}
-    before = len(events(out))
-    (path,) = (out / "workspace" / "stages").glob("rl-reward_only-*")
-    # The runner ends by itself when the command line is gone; a half-written checkpoint must not be taken.
-    (path / "checkpoints" / "checkpoint-119").mkdir()
-    done = subprocess.run(
-        command("run", recipe, "--out", out), capture_output=True, text=True, timeout=400, env=environment()
+    try:
+        if stage is not None:
+            deadline = time.time() + 300
+            while time.time() < deadline and process.poll() is None:
+                if list(out.glob(f"workspace/stages/{stage}-*/checkpoints/*/complete")):
+                    break
+                time.sleep(0.1)
+            assert process.poll() is None, process.communicate()[0]
+            process.send_signal(how)
+        printed, _ = process.communicate(timeout=450)
+    finally:
+        process.kill()
+    # The stage of a killed command line ends by itself, a moment later.
+    return Try(process.returncode, printed, events(out)[before:], {n: r.info.status for n, r in runs_of(out).items()})
+
+
+@pytest.fixture(scope="module")
+def interrupted(tiny_encoder, tmp_path_factory) -> Iterator[Interrupted]:
+    """Full fine-tuning, whose checkpoints of 9 MB fill a file system of 6 MiB; a real one, in memory."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    mount = folder / "disk"
+    mount.mkdir()
+    policy = write_policy(folder / "policy", width=192)
+    recipe = write_recipe(
+        folder / "tiny.yaml", policy, tiny_encoder, policy={"lora": None}, rl={"steps": STEPS, "save_every": 10}
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    again = events(out)[before:]
-    assert started(again) == ["rl-reward_only", "rl-dqo", "evaluate", "register"]
-    first = next(e for e in again if e["stage"] == "rl-reward_only" and "total" in e and e["step"] > 0)
-    assert 10 <= first["step"] < 120
-    assert any("continuing from checkpoint-" in e.get("message", "") for e in again)
-    history = next(out.glob("workspace/stages/rl-reward_only-*/output/history.jsonl")).read_text().splitlines()
-    assert [json.loads(line)["step"] for line in history] == list(range(1, 121))
+    out, disk_full = mount / "runs", None
+    small = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", mount]
+    mounted = subprocess.run(small, capture_output=True).returncode == 0
+    try:
+        if mounted:
+            disk_full = try_until(recipe, out)
+            subprocess.run(["mount", "-o", "remount,size=512m", mount], check=True)
+        ctrl_c = try_until(recipe, out, "rl-reward_only", signal.SIGINT)
+        # A half-written checkpoint must not be taken.
+        (stage,) = out.glob("workspace/stages/rl-reward_only-*")
+        (stage / "checkpoints" / f"checkpoint-{STEPS - 1}").mkdir()
+        killed = try_until(recipe, out, "rl-dqo", signal.SIGKILL)
+        yield Interrupted(recipe, out, disk_full, ctrl_c, killed, try_until(recipe, out))
+    finally:
+        if mounted:
+            subprocess.run(["umount", mount], check=True)
+
+
+@pytest.mark.slow
+def test_full_disk_at_a_checkpoint(interrupted):
+    """The run stops with a clear message that says how to continue."""
+    if interrupted.disk_full is None:
+        pytest.skip("this machine does not allow mounting a tmpfs: it needs root")
+    status, printed = interrupted.disk_full.status, interrupted.disk_full.printed
+    assert status == 2, printed
+    assert "disk is full" in printed and "Traceback" not in printed
+    assert "while writing a checkpoint or result" in printed
+    assert f"dqo run {interrupted.recipe}" in printed
+    assert started(interrupted.disk_full.happened) == ["prepare", "sft"]
+    assert started(interrupted.ctrl_c.happened) == ["sft", "rl-reward_only"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_the_stage_and_says_how_to_continue(interrupted):
+    stop = interrupted.ctrl_c
+    assert stop.status == 130, stop.printed
+    assert f"dqo run {interrupted.recipe} --out {interrupted.out}" in stop.printed and "Traceback" not in stop.printed
+    stops = [(event["stage"], event["message"]) for event in stop.happened if event["event"] == "error"]
+    assert stops == [("rl-reward_only", "interrupted")]
+    expected = {"prepare": "FINISHED", "sft": "FINISHED", "rl-reward_only": "KILLED", "tiny": "KILLED"}
+    assert stop.ended == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["rl-reward_only", "rl-dqo"], ids=["ctrl-c", "kill"])
+def test_the_same_command_starts_at_the_checkpoint(interrupted, stage):
+    """It repeats no finished stage, and training shows no gap."""
+    then, rest = {
+        "rl-reward_only": (interrupted.killed, ["rl-reward_only", "rl-dqo"]),
+        "rl-dqo": (interrupted.through, ["rl-dqo", "evaluate", "register"]),
+    }[stage]
+    assert interrupted.killed.status == -signal.SIGKILL
+    assert interrupted.through.status == 0, interrupted.through.printed
+    assert started(then.happened) == rest
+    reported = [event for event in then.happened if event["stage"] == stage]
+    first = next(event for event in reported if "total" in event and event["step"] > 0)
+    assert 10 <= first["step"] < STEPS
+    assert any("continuing from checkpoint-" in event.get("message", "") for event in reported)
+    (history,) = interrupted.out.glob(f"workspace/stages/{stage}-*/output/history.jsonl")
+    assert [json.loads(line)["step"] for line in history.read_text().splitlines()] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_full_fine_tuning_registers_a_model_that_generates(interrupted):
+    assert interrupted.through.status == 0, interrupted.through.printed
+    assert runs_of(interrupted.out)["rl-dqo"].data.params["policy.lora"] == "full fine-tuning"
+    (group,) = registered_model(interrupted.out).predict(
+        pandas.DataFrame({"prompt": ["Write about a boat."]}), params={"n": 3, "max_new_tokens": 5, "seed": 1}
+    )
+    assert len(group) == 3 and all(isinstance(response, str) for response in group)
 
 
 @pytest.fixture
@@ -127,27 +185,3 @@ def test_a_fresh_run_shows_its_stages_and_reason_too(bad_rows, tmp_path):
     assert done.returncode == 2
     assert done.stdout.splitlines()[1:] == ["Prepare data", "  Prepare data: failed"]
     assert "rows.jsonl" in done.stderr.splitlines()[0] and "Traceback" not in done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-def test_full_disk_at_a_checkpoint(tiny_policy, tiny_encoder, tmp_path):
-    """A real file system of 6 MiB: the run stops with a clear message that says how to continue, and that works."""
-    mount = tmp_path / "small"
-    mount.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", mount], capture_output=True).returncode:
-        pytest.skip("this machine does not allow mounting a tmpfs")
-    try:
-        recipe = write_recipe(
-            tmp_path / "full.yaml", tiny_policy, tiny_encoder, policy={"lora": {"r": 512, "alpha": 8}}
-        )
-        done = run(recipe, mount / "runs")
-        assert done.returncode == 2, done.stdout + done.stderr
-        assert "disk is full" in done.stderr and "Traceback" not in done.stderr, done.stderr
-        assert "while writing a checkpoint or result" in done.stderr
-        assert f"dqo run {recipe}" in done.stderr
-        subprocess.run(["mount", "-o", "remount,size=64m", mount], check=True)
-        done = run(recipe, mount / "runs")
-        assert done.returncode == 0, done.stdout + done.stderr
-    finally:
-        subprocess.run(["umount", mount], check=True)

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -139,6 +140,25 @@ def test_the_registered_model_carries_its_card_and_figures(finished):
     assert card.data.model_name == "tiny-stories" and load(recipe).digest in card.text
     (trained,) = out.glob("workspace/stages/rl-dqo-*/output")
     assert not (trained / "README.md").is_file() or "tiny-stories" not in (trained / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_registration_that_is_repeated_alone_ends_with_the_table(finished):
+    """As after a failed registration: Kubeflow's cache holds every task but that one, whose run evaluates nothing."""
+    out, recipe, first = finished
+    before = len(events(out))
+    (folder,) = out.glob("tiny-*")
+    (entry,) = [path for path in folder.glob("cache/*.json") if "registration" in json.loads(path.read_text())]
+    entry.unlink()
+    (stage,) = out.glob("workspace/stages/register-*")
+    shutil.rmtree(stage)
+    done = run(recipe, out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert started(events(out)[before:]) == ["register"]
+    assert [path.name for path in max(folder.glob("artifacts/*")).iterdir()] == ["register"]
+    begin = "Means over the evaluation prompts"
+    table, expected = (text[text.index(begin) : text.index("Report:")] for text in (done.stdout, first.stdout))
+    assert table == expected and "registered tiny-stories version 1 as challenger" in table
 
 
 def test_the_version_is_promoted_by_force_used_and_shown(finished, tmp_path):
