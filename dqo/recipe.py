@@ -578,13 +578,37 @@ class JudgeAudit(_Section):
         return self
 
 
-class Judge(_Section):
-    """A language model as judge, behind any endpoint that speaks OpenAI's chat completions (docs/judges.md)."""
+_OF_LANGUAGE_MODELS = (
+    "endpoint",
+    "model",
+    "api_key_env",
+    "prompt",
+    "temperature",
+    "max_tokens",
+    "max_tokens_field",
+    "structured_output",
+    "max_concurrency",
+    "max_requests",
+    "max_attempts",
+    "timeout",
+    "cache",
+)
 
-    endpoint: str
-    """Address of the server up to its version, e.g. `http://vllm:8000/v1`."""
-    model: Annotated[str, Field(min_length=1)]
-    """The model's name as the server knows it."""
+
+class Judge(_Section):
+    """A judge besides the reward: a language model, by `endpoint` and `model`, or a reward model (docs/judges.md).
+
+    The language model's server speaks OpenAI's chat completions.
+    """
+
+    endpoint: str | None = None
+    """Address of the language model's server up to its version, e.g. `http://vllm:8000/v1`."""
+    model: Annotated[str, Field(min_length=1)] | None = None
+    """The language model's name as the server knows it."""
+    reward: Reward | None = None
+    """A reward model of `kind: model` as judge instead; the higher score wins."""
+    margin: Annotated[float, Field(ge=0.0)] = 0.0
+    """Scores of the reward model that differ by at most this much are a tie."""
     api_key_env: str | None = None
     """Name of the environment variable that holds the key, e.g. `JUDGE_API_KEY`; `null` sends none."""
     prompt: str = "pairwise"
@@ -617,9 +641,44 @@ class Judge(_Section):
     """File of labelled pairs that it has to show it on, .jsonl, by its path where the evaluation runs (docs/judges.md);
     `null` takes the pairs that come with the package."""
 
+    @model_validator(mode="after")
+    def _is_one_judge(self) -> "Judge":
+        if self.reward is None:
+            missing = [name for name in ("endpoint", "model") if getattr(self, name) is None]
+            if missing:
+                raise ValueError(
+                    f"{' and '.join(missing)} missing; expected endpoint and model of a language model, or reward, a "
+                    "reward model"
+                )
+            if self.margin != 0:
+                raise ValueError(
+                    f"margin {self.margin:g} is of a reward model only; a language model says itself what ties"
+                )
+            return self
+        if self.reward.kind != "model":
+            raise ValueError(
+                f"reward.kind: got {self.reward.kind!r}; expected 'model': the rule and the similarity with references "
+                "are a reward's, and quality measures that already"
+            )
+        for name in _OF_LANGUAGE_MODELS:
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} {value!r} is of a language model only, got reward as well; leave one of them out"
+                )
+        return self
+
+    @property
+    def name(self) -> str:
+        """The model that judges."""
+        named = self.model if self.reward is None else self.reward.model
+        assert named is not None  # see _is_one_judge
+        return named
+
     @field_validator("endpoint")
     @classmethod
-    def _is_a_base_address(cls, endpoint: str) -> str:
+    def _is_a_base_address(cls, endpoint: str | None) -> str | None:
+        if endpoint is None:
+            return None
         parts = urlparse(endpoint)
         if "@" in parts.netloc or parts.query or parts.fragment:
             raise ValueError(
@@ -968,7 +1027,7 @@ class Recipe(_Section):
     rl: Rl = Rl()
     evaluation: Evaluation = Evaluation()
     judge: Judge | None = None
-    """A language model as judge; `null` has none."""
+    """A judge of the responses besides the reward; `null` has none."""
     gate: Gate = Gate()
     registry: Registry = Registry()
     tracking: Tracking = Tracking()
@@ -1012,6 +1071,11 @@ class Recipe(_Section):
                     f"{name}.micro_batch: got {stage.micro_batch}; expected a divisor of the {rows // self.processes} "
                     f"sequences of a step{among} ({each})"
                 )
+        if self.judge is not None and self.judge.reward is not None and self.judge.reward.model == self.reward.model:
+            problems.append(
+                f"judge.reward.model: got {self.reward.model!r}, the model whose score is the reward; expected another "
+                "one, since quality is what this one says"
+            )
         problems += self._defences_fit()
         problems += _health_problems(self.rl, self.method)
         problems += self._gate_fits()
@@ -1169,6 +1233,13 @@ class Recipe(_Section):
         return self.method.k if self.sft.alpha > 0 else UNGROUPED
 
     @property
+    def models(self) -> list[tuple[str, str | None]]:
+        """Name and revision of every model that the run loads."""
+        judge = self.judge.reward if self.judge is not None else None
+        sections = (self.policy, self.encoder, self.reward, judge)
+        return [(one.model, one.revision) for one in sections if one is not None and one.model is not None]
+
+    @property
     def model_names(self) -> list[str]:
         """Models of the run in display order: the base, the SFT checkpoint, then the variants."""
         return ["base", "sft", *self.variants]
@@ -1320,11 +1391,11 @@ def load_judge(path: str | Path) -> Judge:
         DQOError: As `load`, and if a recipe names no judge.
     """
     content = _mapping(_text(path), str(path))
-    if "endpoint" in content:
+    if "endpoint" in content or content.keys() <= Judge.model_fields.keys():
         content = {"name": "judge", "judge": content}
     judge = _validated(content, str(path)).judge
     if judge is None:
-        raise DQOError(f"{path}: names no judge; expected a section `judge` with endpoint and model (docs/judges.md)")
+        raise DQOError(f"{path}: names no judge; expected a section `judge` (docs/judges.md)")
     return judge
 
 

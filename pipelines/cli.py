@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--out", type=Path, help="folder for calibration.json and the sampled responses")
     calibrate.add_argument("--json", type=Path, help="file for the figures as JSON")
     calibrate.set_defaults(run=_calibrate)
-    judge = commands.add_parser("judge", help="see whether a language model may judge")
+    judge = commands.add_parser("judge", help="see whether a judge may judge")
     actions = judge.add_subparsers(title="actions", metavar="ACTION", required=True)
     audit = actions.add_parser("audit", help="hold a judge's verdicts against labelled pairs; exit 1 if it fails")
     audit.add_argument("recipe", type=Path, help="recipe file, or a file with its `judge` section alone")
@@ -308,6 +308,10 @@ def _judge_audit(arguments: argparse.Namespace) -> int:
     from dqo.judges import build
     from dqo.judges.labelled import labelled_of, read_labelled
 
+    if settings.reward is not None:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
     judge = build(settings)
     labelled = labelled_of(settings) if arguments.labelled is None else read_labelled(arguments.labelled)
     from dqo.judges.audit import audit
@@ -318,11 +322,15 @@ def _judge_audit(arguments: argparse.Namespace) -> int:
             result.write(out)
         except OSError as error:
             raise DQOError(f"--out {out}: cannot be written ({error.strerror})") from None
-    print(
-        f"{settings.model} at {settings.endpoint}, prompt {result.judge['prompt']} {result.judge['prompt_version']} "
-        f"({result.judge['prompt_digest']}), on {len(labelled.pairs)} labelled pairs ({labelled.digest}), "
-        f"{result.requests} requests"
-    )
+    pairs = f"on {len(labelled.pairs)} labelled pairs ({labelled.digest})"
+    if settings.reward is not None:
+        print(f"reward model {settings.name}, {pairs}")
+    else:
+        prompt = " ".join(str(result.judge[name]) for name in ("prompt", "prompt_version"))
+        print(
+            f"{settings.name} at {settings.endpoint}, prompt {prompt} ({result.judge['prompt_digest']}), {pairs}, "
+            f"{result.requests} requests"
+        )
     for reason in result.reasons:
         print(f"- {reason}")
     for kind, (right, total) in result.agreement.items():

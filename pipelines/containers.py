@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -267,8 +266,8 @@ def fetch_models(recipe: Recipe) -> None:
     """Bring every model that the containers only read onto this machine: rebuilt bundled ones, and the hub's."""
     from dqo.bundled import locate
 
-    for section in _sections(recipe):
-        location = locate(section.model, section.revision)
+    for name, revision in recipe.models:
+        location = locate(name, revision)
         if not Path(location.load).is_dir():
             from huggingface_hub import snapshot_download
 
@@ -348,7 +347,7 @@ def _stop_on_signal(run: str) -> None:
 def _network(recipe: Recipe, uri: str) -> str:
     """No network where nothing is asked over one; the machine's own where loopback is; else Docker's."""
     addresses = [uri] if uri.startswith(("http://", "https://", "postgresql", "mysql", "mssql")) else []
-    addresses += [recipe.judge.endpoint] if recipe.judge else []
+    addresses += [recipe.judge.endpoint] if recipe.judge and recipe.judge.endpoint else []
     addresses += [recipe.rl.rollout.server_base_url] if recipe.rl.rollout.server_base_url else []
     if not addresses:
         return "none"
@@ -373,13 +372,13 @@ def _readable(recipe: Recipe) -> dict[str, str]:
     from dqo.bundled import cache_folder
 
     readable = {}
-    for section in _sections(recipe):
-        path = Path(section.model).expanduser()
-        if section.model.startswith("bundled:"):
+    for model, _ in recipe.models:
+        path = Path(model).expanduser()
+        if model.startswith("bundled:"):
             cache_folder().mkdir(parents=True, exist_ok=True)
             readable[str(cache_folder().resolve())] = _MODELS
         elif path.is_dir():
-            readable[str(path.resolve())] = _inside(section.model, path)
+            readable[str(path.resolve())] = _inside(model, path)
         else:
             Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
             readable[str(Path(HF_HUB_CACHE).resolve())] = _HUB
@@ -406,12 +405,6 @@ def _inside(name: str, path: Path) -> str:
             f"{path.resolve()}"
         )
     return str(path)
-
-
-def _sections(recipe: Recipe) -> Iterator[Any]:
-    for section in (recipe.policy, recipe.encoder, recipe.reward):
-        if section.model is not None:
-            yield section
 
 
 def _give(folder: Path, user: str) -> None:

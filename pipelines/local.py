@@ -124,11 +124,7 @@ def start(recipe: Recipe, folder: RunFolder, fresh: bool, docker: Docker | None 
     if recipe.judge is not None:
         judges.check(recipe.judge)
     # Only a look: rebuilding the bundled model (once) is for the runner's process, whose output goes to the log.
-    models = [
-        identity(section.model, section.revision)
-        for section in (recipe.policy, recipe.encoder, recipe.reward)
-        if section.model is not None
-    ]
+    models = [identity(name, revision) for name, revision in recipe.models]
     uri = tracking_uri(recipe, folder.root)
     client = client_of(uri, "trained", "tracking.uri")
     with in_words(f"look up the registered model {recipe.registry.name!r}"):
@@ -177,7 +173,7 @@ def start(recipe: Recipe, folder: RunFolder, fresh: bool, docker: Docker | None 
         "PYTHONUNBUFFERED": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
-    names = [name for name in (recipe.policy.model, recipe.encoder.model, recipe.reward.model) if name is not None]
+    names = [name for name, _ in recipe.models]
     offline = all(name.startswith("bundled:") or Path(name).expanduser().exists() for name in names)
     if offline and recipe.data.source != "public" and not recipe.data.source.startswith("hub:"):
         environment["HF_HUB_OFFLINE"] = "1"  # nothing to ask the hub for; without a network it would retry

@@ -6,7 +6,14 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from dqo.tasks import get_task
 
@@ -82,4 +89,32 @@ def write_encoder(folder: Path) -> Path:
     fast.save_pretrained(backbone)
     transformer = Transformer(str(backbone), max_seq_length=64)
     SentenceTransformer(modules=[transformer, Pooling(16)], device="cpu").save(str(folder))
+    return folder
+
+
+def reward_model_config(labels: int, **changes) -> LlamaConfig:
+    """Configuration of a small random Llama that scores."""
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.3,
+    }  # fmt: skip
+    return LlamaConfig(vocab_size=len(tokenizer()), num_labels=labels, **(sizes | changes))
+
+
+def write_reward_model(folder: Path, labels: int = 1, padding: str = "pad", **changes) -> Path:
+    """Save a random reward model; `padding` says what configuration and tokenizer name as the padding token."""
+    torch.manual_seed(3)
+    fast = tokenizer()
+    changes["pad_token_id"] = fast.pad_token_id if padding == "pad" else None
+    LlamaForSequenceClassification(reward_model_config(labels, **changes)).save_pretrained(folder)
+    if padding == "none":
+        fast.pad_token = None
+    elif padding == "eos":
+        fast.pad_token = fast.eos_token
+    # Ends like most templates do: with the end-of-sequence token.
+    fast.chat_template = (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}{% endfor %}"
+        "{{ '<|im_end|>' }}"
+    )
+    fast.save_pretrained(folder)
     return folder

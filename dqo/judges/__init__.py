@@ -20,6 +20,7 @@ from dqo.tasks.base import Row
 
 if TYPE_CHECKING:
     from dqo.recipe import Judge as JudgeSettings
+    from dqo.recipe import Reward as RewardSettings
     from dqo.rewards import Reward
 
 Verdict = Literal["A", "B", "tie", "invalid", "missing"]
@@ -137,11 +138,16 @@ class PairwiseJudge(Protocol):
 
 
 class RewardJudge:
-    """A reward as a judge: the task's rule, reference similarity or a reward model."""
+    """A reward as a judge: the task's rule, reference similarity or a reward model.
 
-    def __init__(self, reward: "Reward") -> None:
+    Args:
+        reward: Scores the responses.
+        of: What decides about its scores besides its name, by name.
+    """
+
+    def __init__(self, reward: "Reward", of: Identity | None = None) -> None:
         self._reward = reward
-        self.identity: Identity = {"kind": "reward", "name": reward.name}
+        self.identity: Identity = {"kind": "reward", "name": reward.name, **(of or {})}
         self.requests: int | None = None
         self.stopped: str | None = None
 
@@ -152,7 +158,7 @@ class RewardJudge:
         return [
             Score(None, "invalid", "the reward has no value for this response")
             if value is None or math.isnan(value)
-            else Score(float(value), "valid")
+            else Score(float(value), "valid", f"scores {value:.4g}")
             for value in score(self._reward, responses, rows)
         ]
 
@@ -230,16 +236,43 @@ def check(settings: "JudgeSettings") -> None:
     from dqo.judges.prompt import load_prompt
 
     labelled_of(settings)
+    if settings.reward is not None:
+        from dqo.rewards import model
+
+        model.check(settings.reward, "judge.reward")
+        return
     load_prompt(settings.prompt)
     read_key(settings)
+
+
+def reward_model_identity(spec: "RewardSettings") -> Identity:
+    """What decides about a reward model's scores, with what its name stands for now.
+
+    Raises:
+        DQOError: If the model cannot be found.
+    """
+    from dqo.bundled import identity
+
+    return {
+        "model": spec.model,
+        "revision": identity(str(spec.model), spec.revision),
+        "squash": spec.squash,
+        "max_tokens": spec.max_tokens,
+    }
 
 
 def build(settings: "JudgeSettings") -> PairwiseJudge:
     """Return the judge of a recipe's section as one that compares.
 
     Raises:
-        DQOError: If the prompt cannot be read, or the key's variable is not set.
+        DQOError: If the prompt cannot be read, the key's variable is not set, or the reward model cannot be loaded.
     """
+    if settings.reward is not None:
+        from dqo.policy import default_device
+        from dqo.rewards.model import RewardModel
+
+        model = RewardModel(settings.reward, default_device(), "judge.reward")
+        return ByScore(RewardJudge(model, reward_model_identity(settings.reward)), settings.margin)
     from dqo.judges.llm import PairwiseLLM, PointwiseLLM
     from dqo.judges.prompt import load_prompt
 

@@ -23,13 +23,17 @@ from dqo.tasks.base import Row
 _EXPECTED = "expected a hub id or local directory of a trained sequence-classification model with one label"
 
 
-def check(spec: Reward) -> None:
+def check(spec: Reward, field: str = "reward") -> None:
     """Look at a reward model's configuration, which is quick, before anything is trained.
+
+    Args:
+        spec: The section of the recipe that names it.
+        field: That section's name, for errors.
 
     Raises:
         DQOError: If it cannot be read or does not have exactly one label.
     """
-    _configuration(spec)
+    _configuration(spec, field)
 
 
 class RewardModel:
@@ -38,8 +42,9 @@ class RewardModel:
     Weights are bfloat16 on a GPU that computes in it, else float32; scores are float32.
 
     Args:
-        spec: The recipe's reward section.
+        spec: The section of the recipe that names it.
         device: Where it runs.
+        field: That section's name, for errors.
 
     Raises:
         DQOError: If the model or its tokenizer cannot be loaded, it does not have exactly one label, or its head has
@@ -48,9 +53,9 @@ class RewardModel:
 
     name = "reward_model"
 
-    def __init__(self, spec: Reward, device: torch.device) -> None:
+    def __init__(self, spec: Reward, device: torch.device, field: str = "reward") -> None:
         assert spec.model is not None  # of kind 'model', see dqo.recipe.Reward
-        configuration = _configuration(spec)
+        configuration = _configuration(spec, field)
         location = locate(spec.model, spec.revision)
         wide = device.type == "cuda" and computes_in_bfloat16(device)
         try:
@@ -62,17 +67,17 @@ class RewardModel:
                 output_loading_info=True,
             )
         except (OSError, ValueError, RuntimeError) as error:
-            raise _unloadable(spec, error) from error
+            raise _unloadable(spec, field, error) from error
         if info["missing_keys"]:
             raise DQOError(
-                f"reward.model {spec.model!r}: its files lack the weights {', '.join(sorted(info['missing_keys']))}, "
+                f"{field}.model {spec.model!r}: its files lack the weights {', '.join(sorted(info['missing_keys']))}, "
                 f"which would be random; {_EXPECTED}"
             )
         self._model: Any = model.to(device).eval().requires_grad_(False)
         text = configuration.get_text_config()
         self._padding: int | None = text.pad_token_id
         self._special = special_tokens(self._tokenizer)
-        self._spec = spec
+        self._spec, self._field = spec, field
         # A model with learned positions has no more of them than this, whatever the recipe allows.
         positions = getattr(text, "max_position_embeddings", None) or spec.max_tokens
         self._max_tokens = min(spec.max_tokens, self._tokenizer.model_max_length, positions)
@@ -110,7 +115,7 @@ class RewardModel:
                 )
             except TemplateError as error:
                 raise DQOError(
-                    f"reward.model {self._spec.model!r}: its chat template refuses messages of the roles "
+                    f"{self._field}.model {self._spec.model!r}: its chat template refuses messages of the roles "
                     f"{', '.join([message['role'] for message in messages] + ['assistant'])} ({error})"
                 ) from None
         else:
@@ -155,22 +160,22 @@ def _key(encoded: dict[str, list[int]]) -> tuple[int, ...]:
     return tuple(encoded["input_ids"])
 
 
-def _configuration(spec: Reward) -> Any:
+def _configuration(spec: Reward, field: str) -> Any:
     assert spec.model is not None
     location = locate(spec.model, spec.revision)
     try:
         configuration = AutoConfig.from_pretrained(location.load, revision=location.hub_revision)
     except (OSError, ValueError) as error:
-        raise _unloadable(spec, error) from error
+        raise _unloadable(spec, field, error) from error
     if configuration.num_labels != 1:
         names = ", ".join(str(name) for name in configuration.id2label.values())
         raise DQOError(
-            f"reward.model {spec.model!r}: its config.json names {configuration.num_labels} labels ({names}); expected "
-            "a sequence-classification model with exactly one, whose output is the score"
+            f"{field}.model {spec.model!r}: its config.json names {configuration.num_labels} labels ({names}); "
+            "expected a sequence-classification model with exactly one, whose output is the score"
         )
     return configuration
 
 
-def _unloadable(spec: Reward, error: Exception) -> DQOError:
+def _unloadable(spec: Reward, field: str, error: Exception) -> DQOError:
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return DQOError(f"reward.model {spec.model!r}: cannot be loaded ({reason}); {_EXPECTED}")
+    return DQOError(f"{field}.model {spec.model!r}: cannot be loaded ({reason}); {_EXPECTED}")

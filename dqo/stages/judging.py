@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dqo.files import write_jsonl
-from dqo.judges import ByScore, Comparison, Identity, Pair, PairwiseJudge, Score
+from dqo.judges import ByScore, Comparison, Identity, Pair, PairwiseJudge, Score, reward_model_identity
 from dqo.judges.audit import Audit, audit
 from dqo.judges.comparison import ModelComparison, ModelScore, compare_models, json_interval, score_model
 from dqo.judges.labelled import labelled_of
@@ -165,19 +165,25 @@ def key_of(settings: Judge | None) -> dict[str, Any] | None:
     """What decides about a judge's part of an evaluation, for the stage's key.
 
     Raises:
-        DQOError: If the prompt or the labelled pairs cannot be read.
+        DQOError: If the prompt, the reward model's configuration or the labelled pairs cannot be read.
     """
     if settings is None:
         return None
-    return settings.model_dump(exclude=_MANNERS) | {
-        "prompt_digest": load_prompt(settings.prompt).digest,
-        "labelled": labelled_of(settings).digest,
-    }
+    what: Mapping[str, Any]
+    if settings.reward is None:
+        what = {"prompt_digest": load_prompt(settings.prompt).digest}
+    else:
+        what = reward_model_identity(settings.reward)
+    return settings.model_dump(exclude=_MANNERS) | {**what, "labelled": labelled_of(settings).digest}
 
 
 def in_workspace(settings: Judge, workspace: Path) -> Judge:
     """The same judge, whose answers are kept in the workspace unless the recipe names another folder."""
-    return settings if settings.cache else settings.model_copy(update={"cache": str(workspace / "judge")})
+    return (
+        settings
+        if settings.cache or settings.reward is not None
+        else settings.model_copy(update={"cache": str(workspace / "judge")})
+    )
 
 
 class _Gone:

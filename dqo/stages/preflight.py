@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dqo import rewards, tracking
+from dqo import judges, rewards, tracking
 from dqo.bundled import identity
 from dqo.errors import DQOError
 from dqo.judges.labelled import labelled_of
 from dqo.judges.prompt import load_prompt
-from dqo.recipe import Policy, Recipe, Resources
+from dqo.recipe import Policy, Recipe, Resources, Reward
 from dqo.stages.context import Context
 from dqo.tasks import get_task
 
@@ -263,6 +263,9 @@ def _data(recipe: Recipe) -> str:
 def _judge(recipe: Recipe) -> str:
     judge = recipe.judge
     assert judge is not None
+    if judge.reward is not None:
+        judges.check(judge)
+        return _reward_model(judge.reward, "judge.reward")
     load_prompt(judge.prompt)
     labelled_of(judge)
     key = os.environ.get(judge.api_key_env, "").strip() if judge.api_key_env else ""
@@ -344,19 +347,21 @@ def _reward(recipe: Recipe) -> str:
     kind = rewards.kind(recipe, task)
     if kind != "model":
         return kind
-    assert recipe.reward.model is not None
+    return _reward_model(recipe.reward, "reward")
+
+
+def _reward_model(spec: Reward, field: str) -> str:
+    assert spec.model is not None
     from transformers import AutoTokenizer
 
     from dqo.bundled import locate
 
-    location = locate(recipe.reward.model, recipe.reward.revision)
+    location = locate(spec.model, spec.revision)
     try:
         AutoTokenizer.from_pretrained(location.load, revision=location.hub_revision)
     except (OSError, ValueError) as error:
-        raise DQOError(
-            f"reward.model {recipe.reward.model!r}: its tokenizer cannot be loaded ({_first(error)})"
-        ) from None
-    return f"reward.model {recipe.reward.model!r}: one label"
+        raise DQOError(f"{field}.model {spec.model!r}: its tokenizer cannot be loaded ({_first(error)})") from None
+    return f"{field}.model {spec.model!r}: one label"
 
 
 def capacity(

@@ -11,9 +11,13 @@ from typing import Any
 
 import mlflow
 import pytest
+import torch
 import yaml
 from judge_server import JudgeServer, Reply, completion, fenced, serving, verdict
 from pipeline.tiny_runs import write_recipe
+from safetensors.torch import load_file, save_file
+from tiny import write_reward_model
+from transformers import AutoTokenizer, LlamaForSequenceClassification
 
 from dqo import tracking
 from dqo.checkpoint import CheckpointCard
@@ -190,6 +194,62 @@ def test_a_preferred_model_wins_in_the_evaluation_the_report_and_mlflow(judged):
     assert (logged["judge/pairs"], logged["judge/invalid"], logged["judge/missing"]) == (12, 0, 0)
     parent = client.get_run(run.context.parent_run_id).data
     assert parent.tags["dqo.judge"] == "complete" and parent.metrics["judge/win_rate"] == logged["judge/win_rate"]
+
+
+def test_a_reward_model_judges_by_its_scores(trained, tmp_path):
+    """Against the library's own classes, one conversation at a time."""
+    folder, recipe, checkpoints = trained
+    model = write_reward_model(tmp_path / "model")
+    judge = {"reward": {"kind": "model", "model": str(model)}, "margin": 0.01}
+    rules = {"max_quality_loss": 10.0, "judge": {"min_win_rate": 0.5}}
+    run = Run(folder, recipe, checkpoints, tmp_path, {"judge": judge, "gate": rules})
+    result = run.evaluate()
+    found = result["judge"]["models"]["dqo"]
+
+    plain_model = LlamaForSequenceClassification.from_pretrained(model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prompts = {row["id"]: row["prompt"] for row in read_jsonl(folder / "data" / "eval.jsonl")}
+
+    def scored(key: str, text: str) -> float:
+        messages = [*prompts[key], {"role": "assistant", "content": text}]
+        ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)["input_ids"]
+        with torch.no_grad():
+            return plain_model(input_ids=ids).logits.sigmoid().item()
+
+    expected = {}
+    ours, theirs = responses(run, "dqo"), responses(run, "reward_only")
+    for key in ours:
+        assert not any(special in text for text in ours[key] + theirs[key] for special in tokenizer.all_special_tokens)
+        gaps = [scored(key, a) - scored(key, b) for a, b in zip(ours[key], theirs[key], strict=True)]
+        expected[key] = sum(0.5 if abs(gap) <= 0.01 else float(gap > 0) for gap in gaps) / len(gaps)
+    assert found["per_prompt"] == list(expected.values()) and len(set(found["per_prompt"])) > 1
+    scores = read_jsonl(run.out / "evaluation" / "judge-scores.jsonl")
+    first = next(row for row in scores if (row["model"], row["response"]) == ("dqo", 0))
+    assert first["value"] == pytest.approx(scored(first["id"], ours[first["id"]][0]), abs=1e-5)
+
+    identity = result["judge"]["identity"]
+    assert (identity["kind"], identity["model"], identity["margin"]) == ("reward", str(model), 0.01)
+    assert found["flip_rate"] is None and found["first_position_rate"] is None
+    assert not result["judge"]["audit"]["passed"]
+    assert any("audit" in reason for reason in judge_reasons(result)) and not result["gate"]["passed"]
+    page = (run.out / "evaluation" / "report.html").read_text()
+    assert f"{model} compared the first 2 responses" in page and "by scores" in page and "A reward model, rev" in page
+    client = mlflow.MlflowClient(run.context.mlflow_uri)
+    logged = client.get_run(CheckpointCard.read(folder / "dqo").mlflow_run_id).data.metrics
+    assert logged["judge/win_rate"] == pytest.approx(found["win_rate"]["mean"])
+
+    # Another model under the same name is another judge.
+    changed(model)
+    again = run.evaluate()["judge"]
+    assert again["identity"]["revision"] != identity["revision"]
+    assert again["models"]["dqo"]["per_prompt"] != found["per_prompt"]
+
+
+def changed(model: Path) -> None:
+    """Turn a reward model's scores around."""
+    weights = load_file(model / "model.safetensors")
+    weights["score.weight"] = -weights["score.weight"]
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_what_the_judge_says_is_attached_to_the_model_version_with_the_data(judged):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from judge_server import JudgeServer, Reply, completion, fenced, serving, verdict
 from sklearn.metrics import cohen_kappa_score
+from tiny import write_reward_model
 
 from dqo.errors import DQOError
 from dqo.judges import ByScore, Comparison, RewardJudge, build
@@ -498,6 +499,24 @@ def test_the_command_reports_a_judge_that_is_down_as_a_failed_audit(tmp_path: Pa
         assert server.count == 1
     assert (done.returncode, done.stderr) == (1, "")
     assert "incomplete: 240 answers are missing, 0 of 60 pairs" in done.stdout and "is down" in done.stdout
+
+
+def test_the_command_holds_a_reward_model_against_the_pairs(tmp_path: Path):
+    model = write_reward_model(tmp_path / "model")
+    path = tmp_path / "judge.yaml"
+    path.write_text(json.dumps({"reward": {"kind": "model", "model": str(model)}}))
+    done = dqo("judge", "audit", path, "--out", tmp_path / "audit.json")
+    assert (done.returncode, done.stderr) == (1, "")  # a random model
+    assert done.stdout.startswith(f"reward model {model}, on 60 labelled pairs (")
+    audit = json.loads((tmp_path / "audit.json").read_text())
+    assert audit["measures"]["repeat_consistency"] == 1.0 and audit["measures"]["missing"] == 0
+    assert "shown first: not applicable (the judge sees one response at a time)" in done.stdout
+
+    two = write_reward_model(tmp_path / "two", labels=2)
+    path.write_text(json.dumps({"reward": {"kind": "model", "model": str(two)}}))
+    refused = dqo("judge", "audit", path)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert f"judge.reward.model '{two}': its config.json names 2 labels" in refused.stderr
 
 
 def test_the_command_refuses_mistakes_before_it_asks(tmp_path: Path):

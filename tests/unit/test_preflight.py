@@ -12,6 +12,7 @@ from typing import Any
 
 import mlflow
 import pytest
+from tiny import write_reward_model
 from transformers import BertConfig, BertForSequenceClassification
 
 from dqo import tracking
@@ -164,6 +165,17 @@ def test_judges(tiny_policy, tiny_encoder, status: int, body: object, said: str 
         else:
             with pytest.raises(DQOError, match=said):
                 preflight._judge(recipe)
+
+
+def test_a_reward_model_as_judge(tiny_policy, tiny_encoder, tmp_path):
+    model = write_reward_model(tmp_path / "model")
+    section = {"reward": {"kind": "model", "model": str(model)}}
+    said = preflight._judge(recipe_of(tiny_policy, tiny_encoder, judge=section))
+    assert said == f"judge.reward.model '{model}': one label"
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer_config.json").unlink()
+    with pytest.raises(DQOError, match=r"judge\.reward\.model .*: its tokenizer cannot be loaded"):
+        preflight._judge(recipe_of(tiny_policy, tiny_encoder, judge=section))
 
 
 def test_a_prompt_of_the_judge_that_is_not_there(tiny_policy, tiny_encoder):

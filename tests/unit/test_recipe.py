@@ -142,6 +142,38 @@ def test_a_gate_that_can_never_hold_is_refused(text: str, problem: str):
     assert problem in message and message.startswith("my.yaml: 1 error in the recipe\n")
 
 
+REWARDED = "judge: {reward: {kind: model, model: org/other}}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("judge: {}", "judge: endpoint and model missing; expected endpoint and model of a language model, or reward"),
+        ("judge: {endpoint: 'http://h/v1'}", "judge: model missing; "),
+        (JUDGED.replace("m}", "m, margin: 0.1}"), "judge: margin 0.1 is of a reward model only"),
+        ("judge: {reward: {kind: rule}}", "judge: reward.kind: got 'rule'; expected 'model'"),
+        ("judge: {reward: {kind: model}}", "judge.reward: kind 'model' needs model"),
+        (REWARDED.replace("}}", "}, model: m}"), "judge: model 'm' is of a language model only, got reward as well"),
+        (REWARDED.replace("}}", "}, max_requests: 9}"), "judge: max_requests 9 is of a language model only"),
+        (
+            "reward: {kind: model, model: org/other}\n" + REWARDED,
+            "judge.reward.model: got 'org/other', the model whose",
+        ),
+    ],
+)
+def test_a_judge_is_a_language_model_or_another_reward_model(text: str, problem: str):
+    message = refusal(f"name: a\n{text}")
+    assert problem in message and message.startswith("my.yaml: 1 error in the recipe\n")
+
+
+def test_the_models_of_a_run_are_those_of_every_section():
+    recipe = parse("name: a\nreward: {kind: model, model: org/one, revision: abc}\n" + REWARDED)
+    assert recipe.models[2:] == [("org/one", "abc"), ("org/other", None)]
+    assert [name for name, _ in recipe.models[:2]] == [recipe.policy.model, recipe.encoder.model]
+    assert parse(recipe.to_json()) == recipe
+    assert len(parse("name: a\n" + JUDGED).models) == 2  # the language model is the server's
+
+
 @pytest.mark.parametrize(
     "text",
     [
