@@ -75,6 +75,7 @@ def decide(
     candidate: str = "dqo",
     demands: JudgeAudit | None = None,
     labelled: str | None = None,
+    identity: Mapping[str, Any] | None = None,
 ) -> GateResult:
     """Apply a recipe's gate to an evaluation; nothing but the two is looked at.
 
@@ -87,6 +88,7 @@ def decide(
         demands: What the recipe demands of a judge's audit, held against the measures of the one in the evaluation;
             `None` takes its outcome as it stands there, under the demands that the evaluation was made with.
         labelled: Digest of the labelled pairs that the audit has to be made on; `None` takes any.
+        identity: What the recipe in force says of its judge (`dqo.judges.identity_by_recipe`); `None` takes any judge.
 
     Returns:
         The decision. The model that the others are compared with never passes. A judge that is not done with an
@@ -103,7 +105,7 @@ def decide(
         _quality(gate, document, candidate),
         *_diversity(gate, document, candidate),
         *_regressions(gate, document, candidate),
-        *_judge(gate, document, candidate, demands, labelled),
+        *_judge(gate, document, candidate, demands, labelled, identity),
     ]
     stopped = document.get("stopped", {}).get(candidate)
     if stopped is not None:
@@ -215,7 +217,12 @@ def _regressions(gate: Gate, document: Mapping[str, Any], candidate: str) -> lis
 
 
 def _judge(
-    gate: Gate, document: Mapping[str, Any], candidate: str, demands: JudgeAudit | None, labelled: str | None
+    gate: Gate,
+    document: Mapping[str, Any],
+    candidate: str,
+    demands: JudgeAudit | None,
+    labelled: str | None,
+    identity: Mapping[str, Any] | None,
 ) -> list[Outcome]:
     found, rules = document.get("judge"), gate.judge
     if found is None:
@@ -239,6 +246,16 @@ def _judge(
             f"gate.judge: the evaluation holds no verdicts on {candidate!r} against {gate.against!r}; it holds those "
             f"on {', '.join(found['models']) or '(none)'} against {found['against']!r}; {_EVALUATE_AGAIN}"
         )
+    others = {name: value for name, value in (identity or {}).items() if found["identity"].get(name) != value}
+    if others:
+        differences = ", ".join(f"{name} {found['identity'].get(name)!r} and not {others[name]!r}" for name in others)
+        return [
+            (
+                False,
+                f"the judge is another one than that of the recipe in force ({differences}), so its verdicts do not "
+                f"count; {_EVALUATE_AGAIN} with that recipe",
+            )
+        ]
     pairs = found["audit"]["labelled"]
     if labelled is not None and pairs["digest"] != labelled:
         return [

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +51,7 @@ def promote(
     waiting: Waiting | None = None,
     demands: JudgeAudit | None = None,
     labelled: str | None = None,
+    identity: Mapping[str, Any] | None = None,
 ) -> Promotion:
     """Make a version champion if its gate passes.
 
@@ -69,6 +70,7 @@ def promote(
         demands: What a given gate's recipe demands of the judge's audit; `None` leaves that to the demands that the
             evaluation was made with.
         labelled: Digest of the labelled pairs that a given gate's recipe names; `None` where it names none.
+        identity: What a given gate's recipe says of its judge; see `dqo.gate.decide`.
 
     Raises:
         DQOError: If there is no such version; if it has no evaluation, or none that the gate can be applied to, and
@@ -82,7 +84,7 @@ def promote(
         if found.status != "READY":
             raise DQOError(f"{given}: the version is {found.status} in MLflow; expected one that is READY")
         try:
-            located, report, result, missing = *_apply(client, given, found, gate, demands, labelled), ""
+            located, report, result, missing = *_apply(client, given, found, gate, demands, labelled, identity), ""
         except DQOError as error:
             if force is None:
                 raise
@@ -105,6 +107,7 @@ def _apply(
     gate: Gate | None,
     demands: JudgeAudit | None,
     labelled: str | None,
+    identity: Mapping[str, Any] | None,
 ) -> tuple[runs.Located, dict[str, Any], GateResult]:
     """Apply a gate to a version's evaluation: where that is, what the report says beside the result, the result."""
     located = runs.locate(client, given, runs.run_of_version(client, given, version))
@@ -129,7 +132,7 @@ def _apply(
             recipe = _recipe_of(located, given, Path(folder))
             rules, demands = recipe.gate, recipe.judge.audit if recipe.judge is not None else None
     try:
-        result = decide(rules, document, located.model, demands, labelled)
+        result = decide(rules, document, located.model, demands, labelled, identity)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DQOError(
             f"{given}: evaluation.json of MLflow run {evaluation} has no form that the gate can read ({error!r})"

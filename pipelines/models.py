@@ -40,7 +40,8 @@ def promote(
     Args:
         name: Registered model.
         version: Its number, or an alias that it holds.
-        recipe: File whose gate and demands on the judge's audit are applied; `None` for those of the version's recipe.
+        recipe: File whose gate is applied, and whose judge and demands on its audit are asked for; `None` takes those
+            of the version's recipe.
         force: Why it is to be champion all the same.
         out: Folder given to `dqo run`.
         uri: MLflow's address.
@@ -51,14 +52,17 @@ def promote(
     given = None if recipe is None else load(recipe)
     judge = None if given is None else given.judge
     labelled = _labelled(judge)
-    from dqo import promotion
+    from dqo import judges, promotion
 
     client = tracking.client_of(stores.require(out, uri), "promoted")
     if not version.isdecimal():
         version = str(runs.version_of(client, f"{name}@{version}", f"{name}@{version}").version)
     gate = None if given is None else given.gate
     demands = None if judge is None else judge.audit
-    done = promotion.promote(client, name, version, gate, force, waiting=_wait, demands=demands, labelled=labelled)
+    identity = None if judge is None else judges.identity_by_recipe(judge)
+    done = promotion.promote(
+        client, name, version, gate, force, waiting=_wait, demands=demands, labelled=labelled, identity=identity
+    )
     console = Console(highlight=False)
     for reason in done.gate.reasons if done.gate is not None else [f"no evaluation: {done.gate_missing}"]:
         console.print(Text(f"  gate: {reason}"), soft_wrap=True)

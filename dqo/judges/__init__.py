@@ -261,6 +261,36 @@ def reward_model_identity(spec: "RewardSettings") -> Identity:
     }
 
 
+def identity_by_recipe(settings: "JudgeSettings") -> Identity:
+    """What a recipe alone decides of its judge's identity, by name, without asking a server or reading a model.
+
+    The server's address is left out: the same model may have moved.
+
+    Raises:
+        DQOError: If the prompt cannot be read.
+    """
+    if settings.reward is not None:
+        spec = settings.reward
+        return {
+            "kind": "reward",
+            "model": spec.model,
+            "squash": spec.squash,
+            "max_tokens": spec.max_tokens,
+            "margin": settings.margin,
+        }
+    from dqo.judges.prompt import load_prompt
+
+    prompt = load_prompt(settings.prompt)
+    return {
+        "kind": prompt.mode,
+        "model": settings.model,
+        "prompt_digest": prompt.digest,
+        "temperature": settings.temperature,
+        "max_tokens": settings.max_tokens,
+        "structured_output": settings.structured_output,
+    }
+
+
 def build(settings: "JudgeSettings") -> PairwiseJudge:
     """Return the judge of a recipe's section as one that compares.
 

@@ -15,6 +15,7 @@ from registry_store import BAD, GATED, GOOD, Registry, gated_evaluation, interva
 from dqo import alias_trail, promotion, registry, tracking
 from dqo.errors import DQOError
 from dqo.gate import GateResult
+from dqo.judges.prompt import load_prompt
 from dqo.recipe import Gate, parse
 from pipelines import cli
 
@@ -86,6 +87,10 @@ MEASURES = {
 }  # fmt: skip
 JUDGED = {
     "complete": True, "reason": None, "against": "reward_only",
+    "identity": {
+        "kind": "pairwise", "model": "m", "endpoint": "http://moved/v1", "temperature": 0.0,
+        "prompt_digest": load_prompt("pairwise").digest, "max_tokens": 512, "structured_output": True,
+    },
     "audit": {
         "passed": True, "faults": [], "measures": MEASURES,
         "labelled": {"name": "shipped", "digest": "0" * 12, "pairs": 60},
@@ -158,6 +163,30 @@ def test_a_recipe_with_labelled_pairs_of_its_own_asks_for_an_audit_on_them(
     another = models.version(GOOD | {"judge": JUDGED | {"audit": audit}}, judging())
     assert dqo(store, monkeypatch, "promote", models.name, another, "--recipe", str(tmp_path / "own.yaml")) == 0
     assert models.aliases == {"champion": another}
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"model": "other"}, "(model 'm' and not 'other')"),
+        ({"prompt": "pointwise", "max_tokens": 64}, "(kind 'pairwise' and not 'pointwise', prompt_digest '"),
+        (
+            {"endpoint": None, "model": None, "reward": {"kind": "model", "model": "org/r"}},
+            "kind 'pairwise' and not 'rew",
+        ),
+    ],
+)
+def test_a_recipe_with_another_judge_asks_for_an_evaluation_by_it(
+    models: Registry, store, tmp_path, monkeypatch, capsys, changes: dict[str, Any], difference: str
+):
+    recipe = yaml.safe_load(judging())
+    recipe["judge"] |= changes
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(recipe))
+    version = models.version(GOOD | {"judge": JUDGED}, judging())
+    assert dqo(store, monkeypatch, "promote", models.name, version, "--recipe", str(tmp_path / "other.yaml")) == 1
+    said = capsys.readouterr().out
+    assert "the judge is another one than that of the recipe in force" in said and difference in said
+    assert models.aliases == {}
 
 
 def test_a_judge_whose_audit_has_no_measures_that_can_be_read_promotes_nothing(models: Registry):
