@@ -29,6 +29,7 @@ class Part(_Section):
         title: Heading.
         text: What is asked, a paragraph of Markdown.
         recipes: Which of the experiment's recipes; all by default.
+        set: Fields of the recipe to set in every run of the part.
         runs: Name -> fields of the recipe to set, e.g. `{reward-only: {method.alpha: 0}}`.
         grid: Field of the recipe -> values; every combination is run, for each of `runs`.
         seeds: Every run is repeated with each of them.
@@ -39,6 +40,7 @@ class Part(_Section):
     title: str
     text: str = ""
     recipes: list[str] | None = None
+    set: dict[str, Any] = {}
     runs: Annotated[dict[str, dict[str, Any]], Field(min_length=1)] = {"dqo": {}}
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
@@ -146,7 +148,7 @@ def expand(experiment: Experiment, path: Path) -> list[Cell]:
         ):
             grid = dict(zip(part.grid, values, strict=True))
             where = f"{path}: part {part.name!r}, run {run!r}"
-            recipe = _with(bases[label], experiment.set | settings | grid | {"seed": seed}, where)
+            recipe = _with(bases[label], experiment.set | part.set | settings | grid | {"seed": seed}, where)
             cells.append(Cell(part.name, label, run, grid, seed, recipe))
     return cells
 

@@ -47,9 +47,18 @@ def test_expansion_sets_fields_seeds_and_finds_equal_recipes(recipe, tmp_path):
     assert cells[5].title == "story · dqo · alpha 1.0 · steps 2 · seed 0"
 
 
+def test_the_narrower_setting_wins(recipe, tmp_path):
+    """Of all parts, of a part, of a run."""
+    runs = {"part's": {}, "own": {"rl.steps": 5}}
+    parts = [{"name": "p", "title": "P", "set": {"rl.steps": 4}, "runs": runs}, {"name": "q", "title": "Q"}]
+    cells = expand(read(write(tmp_path, parts, set={"rl.steps": 3})), tmp_path / "grid.yaml")
+    assert [cell.recipe.rl.steps for cell in cells] == [4, 5, 3]
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
+        ({"set": {"rl.stesp": 4}}, "part 'p', run 'dqo': 'rl.stesp' is no field of a recipe"),
         ({"runs": {"dqo": {"method.alhpa": 1}}}, "part 'p', run 'dqo': 'method.alhpa' is no field of a recipe"),
         ({"runs": {"dqo": {"method.alpha": -1}}}, "method.alpha: got -1"),
         ({"grid": {"method.k": [1]}}, "method.k: got 1"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -204,6 +205,17 @@ def test_the_win_rates_of_one_judge_are_those_of_the_common_prompts():
     # The opponent itself has no rate, and is no reason to leave the others out.
     with_itself = compare([evaluated(*one, "reward_only", "rival", "here"), a])
     assert with_itself.judged[0] is None and with_itself.judged[1].mean == pytest.approx(0.5)
+    page = comparison_report.render(with_itself)
+    (table,) = re.findall(r"Table of the judge's win rates.*?</table>", page, re.DOTALL)
+    cells = [re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<td.*?</td>", table)]
+    assert cells == ["the opponent", comparison.rate_text(with_itself.judged[1])] and cells[1].startswith("50% [")
+    assert "a compared the first 2 responses of each model to each prompt with those of reward_only" in page
+    assert "win rates by a judge" not in comparison_report.render(compare(models_without_judge())).lower()
+
+
+def models_without_judge():
+    document, rows = evaluation({"reward_only": 0.0, "dqo": 0.1}, ["p1", "p2", "p3"])
+    return [evaluated(document, rows, name, name, "here") for name in ("reward_only", "dqo")]
 
 
 @pytest.mark.parametrize(
