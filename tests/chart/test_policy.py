@@ -1,5 +1,6 @@
 """What every scenario must hold: restricted pods, no passwords in sight, doors that are opened and no others."""
 
+import configparser
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -563,6 +564,14 @@ def test_mlflow_runs_as_asked_for():
     assert environment["MLFLOW_DISABLE_TELEMETRY"] == "true"
     assert environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
     assert not any("uvicorn" in argument for argument in container["args"])
+    settings = configparser.ConfigParser()
+    settings.read_string(rendered.one("ConfigMap", "dqo-mlflow")["data"]["basic_auth.ini"])
+    assert dict(settings["mlflow"]) == {
+        "default_permission": "READ",
+        "database_uri": "postgresql+psycopg2://",
+        "authorization_function": "mlflow.server.auth:authenticate_request_basic_auth",
+        "auth_cache_ttl_seconds": "60",
+    }
     two = render("full").one("Deployment", "dqo-mlflow")["spec"]["template"]["spec"]["containers"][0]
     assert "--workers=2" in two["args"] and "--uvicorn-opts=--timeout-worker-healthcheck=120" in two["args"]
     minimal = render("minimal").one("Deployment", "dqo-mlflow")["spec"]

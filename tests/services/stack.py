@@ -312,6 +312,7 @@ class Stack:
             "default_permission = READ\n"
             "database_uri = postgresql+psycopg2://\n"
             "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+            "auth_cache_ttl_seconds = 60\n"
         )
         (self.folder / "basic_auth.ini").chmod(0o644)  # a container's user reads it
 
