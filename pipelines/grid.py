@@ -67,6 +67,10 @@ class Experiment(_Section):
     parts: Annotated[list[Part], Field(min_length=1)]
 
 
+# Sections that say what becomes of the numbers and where they are made, not what they are.
+_OTHERWISE = {"gate", "registry", "tracking", "resources"}
+
+
 @dataclass(frozen=True)
 class Cell:
     """One place in a part: a recipe under a run's name, grid values and seed.
@@ -89,11 +93,12 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Names the job: 12 hex digits of what its recipe says beyond the defaults.
+        """Names the job: 12 hex digits of what its recipe says beyond the defaults about what is measured.
 
         A later version's new fields do not change it, so results outlive them; a row says which version made it.
         """
-        text = json.dumps(self.recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+        said = self.recipe.model_dump(mode="json", exclude_defaults=True, exclude=_OTHERWISE)
+        text = json.dumps(said, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property

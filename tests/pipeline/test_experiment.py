@@ -47,6 +47,16 @@ def test_expansion_sets_fields_seeds_and_finds_equal_recipes(recipe, tmp_path):
     assert cells[5].title == "story · dqo · alpha 1.0 · steps 2 · seed 0"
 
 
+@pytest.mark.parametrize(
+    ("setting", "same"),
+    [({"gate.max_quality_loss": 0.2}, True), ({"registry.name": "other"}, True), ({"method.alpha": 0.3}, False)],
+)
+def test_a_result_is_found_again_by_what_is_measured(recipe, tmp_path, setting, same):
+    parts = [{"name": "p", "title": "P", "runs": {"one": {}, "other": setting}}]
+    one, other = expand(read(write(tmp_path, parts)), tmp_path / "grid.yaml")
+    assert one.recipe != other.recipe and (one.key == other.key) == same
+
+
 def test_the_narrower_setting_wins(recipe, tmp_path):
     """Of all parts, of a part, of a run."""
     runs = {"part's": {}, "own": {"rl.steps": 5}}
