@@ -106,12 +106,19 @@ def locate(model: str, revision: str | None = None) -> ModelLocation:
         if not any((path / name).exists() for name in ("config.json", "modules.json", "adapter_config.json")):
             raise DQOError(f"model {model!r}: the directory holds no config.json; expected a saved transformers model")
         return ModelLocation(str(path), model, None)
-    if model.startswith(("/", ".", "~")) or model.count("/") != 1 or path.exists():
+    if not is_hub_id(model):
         raise DQOError(
             f"model {model!r}: no such directory; expected a directory with a saved model, a hub id such as "
             f"'org/name', or one of: {', '.join(f'bundled:{name}' for name in _BUNDLED)}"
         )
     return ModelLocation(model, model, revision)
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a model's name is one of the hub's, and no file or directory of this machine is meant."""
+    if model.startswith(("bundled:", "/", ".", "~")) or model.count("/") != 1:
+        return False
+    return not Path(model).exists()
 
 
 def identity(model: str, revision: str | None = None) -> str:

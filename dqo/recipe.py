@@ -578,6 +578,30 @@ class JudgeAudit(_Section):
         return self
 
 
+class JudgingModel(_Section):
+    """A reward model as judge, any sequence-classification model with one label; the higher of two scores wins."""
+
+    model: Annotated[str, Field(min_length=1)]
+    """Hub id or local directory."""
+    revision: str | None = None
+    """Commit or tag of a hub model."""
+    margin: Annotated[float, Field(ge=0.0)] = 0.0
+    """Scores, as the model gives them, that differ by at most this much are a tie."""
+    max_tokens: Positive = 1024
+    """Longer conversations are not judged: their pairs are invalid."""
+    batch_size: Positive = 16
+    """Responses judged at once."""
+
+    @property
+    def as_reward(self) -> Reward:
+        """The section of a reward that gives the same scores.
+
+        Not squashed: of two good responses both would be 1, and a tie.
+        """
+        fields = self.model_dump(exclude={"margin"})
+        return Reward(kind="model", squash=False, **fields)
+
+
 _OF_LANGUAGE_MODELS = (
     "endpoint",
     "model",
@@ -605,10 +629,8 @@ class Judge(_Section):
     """Address of the language model's server up to its version, e.g. `http://vllm:8000/v1`."""
     model: Annotated[str, Field(min_length=1)] | None = None
     """The language model's name as the server knows it."""
-    reward: Reward | None = None
-    """A reward model of `kind: model` as judge instead; the higher score wins."""
-    margin: Annotated[float, Field(ge=0.0)] = 0.0
-    """Scores of the reward model that differ by at most this much are a tie."""
+    reward: JudgingModel | None = None
+    """A reward model as judge instead."""
     api_key_env: str | None = None
     """Name of the environment variable that holds the key, e.g. `JUDGE_API_KEY`; `null` sends none."""
     prompt: str = "pairwise"
@@ -650,16 +672,7 @@ class Judge(_Section):
                     f"{' and '.join(missing)} missing; expected endpoint and model of a language model, or reward, a "
                     "reward model"
                 )
-            if self.margin != 0:
-                raise ValueError(
-                    f"margin {self.margin:g} is of a reward model only; a language model says itself what ties"
-                )
             return self
-        if self.reward.kind != "model":
-            raise ValueError(
-                f"reward.kind: got {self.reward.kind!r}; expected 'model': the rule and the similarity with references "
-                "are a reward's, and quality measures that already"
-            )
         for name in _OF_LANGUAGE_MODELS:
             if (value := getattr(self, name)) != type(self).model_fields[name].default:
                 raise ValueError(
@@ -1391,7 +1404,7 @@ def load_judge(path: str | Path) -> Judge:
         DQOError: As `load`, and if a recipe names no judge.
     """
     content = _mapping(_text(path), str(path))
-    if "endpoint" in content or content.keys() <= Judge.model_fields.keys():
+    if "name" not in content and content.keys() & {"endpoint", "reward"}:
         content = {"name": "judge", "judge": content}
     judge = _validated(content, str(path)).judge
     if judge is None:

@@ -50,7 +50,7 @@ def promote(
         DQOError: As `promotion.promote`, or if the recipe or the store cannot be read.
     """
     given = None if recipe is None else load(recipe)
-    judge = None if given is None else given.judge
+    judge = None if given is None or given.gate.judge is None else given.judge
     labelled = _labelled(judge)
     from dqo import judges, promotion
 

@@ -106,8 +106,8 @@ def _train(recipe: Recipe, data: Any, shared: dict[str, Any], light: _Place, hea
     evaluated = heavy(
         evaluate(data=data, sft=sft.outputs["checkpoint"], variants=variants(), **shared), recipe, "evaluate"
     )
-    if recipe.judge is not None:
-        # A judge may have been away, which Kubeflow cannot see. The workspace holds what is finished.
+    if recipe.judge is not None and recipe.judge.reward is None:
+        # A judge behind a server may have been away, which Kubeflow cannot see. The workspace holds what is finished.
         evaluated.set_caching_options(recipe.resources.caching.get("evaluate", False))
     light(
         register(

@@ -10,6 +10,7 @@ A verdict is never guessed: what a judge answered unreadably is `invalid`, what 
 or the budget was spent) is `missing`. Neither is ever a score of 0 or a lost comparison.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from dqo.tasks.base import Row
 
 if TYPE_CHECKING:
     from dqo.recipe import Judge as JudgeSettings
-    from dqo.recipe import Reward as RewardSettings
+    from dqo.recipe import JudgingModel
     from dqo.rewards import Reward
 
 Verdict = Literal["A", "B", "tie", "invalid", "missing"]
@@ -147,20 +148,32 @@ class RewardJudge:
 
     def __init__(self, reward: "Reward", of: Identity | None = None) -> None:
         self._reward = reward
+        self._known: dict[str, Score] = {}
         self.identity: Identity = {"kind": "reward", "name": reward.name, **(of or {})}
         self.requests: int | None = None
         self.stopped: str | None = None
 
     def score(self, responses: Sequence[str], rows: Sequence[Row], repeat: int = 0) -> list[Score]:
-        """See `PointwiseJudge`; what the reward cannot judge is invalid."""
+        """See `PointwiseJudge`; what the reward cannot judge is invalid.
+
+        A response is scored once, whatever it is compared with afterwards.
+        """
         from dqo.rewards import score
 
-        return [
-            Score(None, "invalid", "the reward has no value for this response")
-            if value is None or math.isnan(value)
-            else Score(float(value), "valid", f"scores {value:.4g}")
-            for value in score(self._reward, responses, rows)
+        known = self._known if repeat == 0 else {}
+        keys = [
+            json.dumps([response, row], sort_keys=True, default=str)
+            for response, row in zip(responses, rows, strict=True)
         ]
+        missing = list({key: place for place, key in enumerate(keys) if key not in known}.values())
+        values = score(self._reward, [responses[place] for place in missing], [rows[place] for place in missing])
+        for place, value in zip(missing, values, strict=True):
+            known[keys[place]] = (
+                Score(None, "invalid", "the reward has no value for this response")
+                if value is None or math.isnan(value)
+                else Score(float(value), "valid", f"scores {value:.4g}")
+            )
+        return [known[key] for key in keys]
 
 
 class ByScore:
@@ -239,13 +252,13 @@ def check(settings: "JudgeSettings") -> None:
     if settings.reward is not None:
         from dqo.rewards import model
 
-        model.check(settings.reward, "judge.reward")
+        model.check(settings.reward.as_reward, "judge.reward")
         return
     load_prompt(settings.prompt)
     read_key(settings)
 
 
-def reward_model_identity(spec: "RewardSettings") -> Identity:
+def reward_model_identity(spec: "JudgingModel") -> Identity:
     """What decides about a reward model's scores, with what its name stands for now.
 
     Raises:
@@ -255,8 +268,7 @@ def reward_model_identity(spec: "RewardSettings") -> Identity:
 
     return {
         "model": spec.model,
-        "revision": identity(str(spec.model), spec.revision),
-        "squash": spec.squash,
+        "revision": identity(spec.model, spec.revision),
         "max_tokens": spec.max_tokens,
     }
 
@@ -264,19 +276,23 @@ def reward_model_identity(spec: "RewardSettings") -> Identity:
 def identity_by_recipe(settings: "JudgeSettings") -> Identity:
     """What a recipe alone decides of its judge's identity, by name, without asking a server or reading a model.
 
-    The server's address is left out: the same model may have moved.
+    The server's address is left out, since the same model may have moved, and so is what stands in a directory, which
+    may be another machine's.
 
     Raises:
         DQOError: If the prompt cannot be read.
     """
     if settings.reward is not None:
+        from dqo.bundled import identity, is_hub_id
+
         spec = settings.reward
+        revision = {"revision": identity(spec.model, spec.revision)} if is_hub_id(spec.model) else {}
         return {
             "kind": "reward",
             "model": spec.model,
-            "squash": spec.squash,
+            **revision,
             "max_tokens": spec.max_tokens,
-            "margin": settings.margin,
+            "margin": spec.margin,
         }
     from dqo.judges.prompt import load_prompt
 
@@ -301,8 +317,8 @@ def build(settings: "JudgeSettings") -> PairwiseJudge:
         from dqo.policy import default_device
         from dqo.rewards.model import RewardModel
 
-        model = RewardModel(settings.reward, default_device(), "judge.reward")
-        return ByScore(RewardJudge(model, reward_model_identity(settings.reward)), settings.margin)
+        model = RewardModel(settings.reward.as_reward, default_device(), "judge.reward")
+        return ByScore(RewardJudge(model, reward_model_identity(settings.reward)), settings.reward.margin)
     from dqo.judges.llm import PairwiseLLM, PointwiseLLM
     from dqo.judges.prompt import load_prompt
 

@@ -66,6 +66,7 @@ class RewardModel:
                 dtype=torch.bfloat16 if wide else torch.float32,
                 output_loading_info=True,
             )
+            model = model.to(device)
         except (OSError, ValueError, RuntimeError) as error:
             raise _unloadable(spec, field, error) from error
         if info["missing_keys"]:
@@ -73,7 +74,7 @@ class RewardModel:
                 f"{field}.model {spec.model!r}: its files lack the weights {', '.join(sorted(info['missing_keys']))}, "
                 f"which would be random; {_EXPECTED}"
             )
-        self._model: Any = model.to(device).eval().requires_grad_(False)
+        self._model: Any = model.eval().requires_grad_(False)
         text = configuration.get_text_config()
         self._padding: int | None = text.pad_token_id
         self._special = special_tokens(self._tokenizer)

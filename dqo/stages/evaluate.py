@@ -26,6 +26,7 @@ from dqo.gate import decide
 from dqo.generation import sample_texts
 from dqo.health import judge as judge_health
 from dqo.judges import build as build_judge
+from dqo.judges import check as check_judge
 from dqo.policy import default_device, end_of_turn_ids, load_for_inference, load_tokenizer
 from dqo.progress import Progress
 from dqo.recipe import Recipe
@@ -75,8 +76,8 @@ def run(context: Context, data: Path, checkpoints: list[Path], evaluation: Path)
         experiment = tracking.connect(recipe, context.mlflow_uri)
         with tracking.child_run(context.parent_run_id, "evaluate", "evaluate", key) as run_:
             if not folder.finished:
-                # Before anything is sampled: its key may be missing.
-                judge = build_judge(in_workspace(recipe.judge, context.workspace)) if recipe.judge else None
+                if recipe.judge is not None:
+                    check_judge(recipe.judge)  # before anything is sampled: its key may be missing
                 rows = read_rows(data / "eval.jsonl")[: recipe.evaluation.prompts]
                 # One for all models, loaded when the first of them has no responses in the workspace.
                 reward = cache(lambda: build(recipe, get_task(recipe.task), default_device()))
@@ -85,7 +86,9 @@ def run(context: Context, data: Path, checkpoints: list[Path], evaluation: Path)
                     for name in recipe.model_names
                 }
                 judged = None
-                if judge is not None:
+                if recipe.judge is not None:
+                    reward.cache_clear()  # a reward model as judge may need its room
+                    judge = build_judge(in_workspace(recipe.judge, context.workspace))
                     done = len(recipe.model_names)
                     judged = ask(judge, recipe, rows, sampled, lambda text: progress("step", done, done, text))
                     _tell(context, run_, judged, progress)

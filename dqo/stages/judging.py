@@ -240,7 +240,7 @@ def ask(
         comparisons[name] = compare_models(asked, rows, sampled[name], sampled[against], *how)
         stopped = stopped or judge.stopped
     if isinstance(judge, ByScore):
-        # Known from the comparisons, so that nothing is sent but what was refused or is missing.
+        # Known from the comparisons, so that nothing is asked but what was refused or is missing.
         for name in [*names, against]:
             scorer = judge.judge if stopped is None else _Gone(judge, stopped)
             scores[name] = score_model(scorer, rows, sampled[name], *how)

@@ -265,7 +265,7 @@ def _judge(recipe: Recipe) -> str:
     assert judge is not None
     if judge.reward is not None:
         judges.check(judge)
-        return _reward_model(judge.reward, "judge.reward")
+        return _reward_model(judge.reward.as_reward, "judge.reward")
     load_prompt(judge.prompt)
     labelled_of(judge)
     key = os.environ.get(judge.api_key_env, "").strip() if judge.api_key_env else ""

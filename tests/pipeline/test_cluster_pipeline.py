@@ -17,7 +17,7 @@ from pipeline.tiny_runs import GOLDEN, ROOT
 
 from components.finish.component import finish
 from components.preflight.component import preflight
-from dqo.recipe import Judge, load, parse
+from dqo.recipe import Judge, JudgingModel, load, parse
 from dqo.tracking import default_uri
 from pipelines.pipeline import build, compile_recipe
 
@@ -230,6 +230,17 @@ def test_an_evaluation_with_a_judge_is_not_cached_unless_the_recipe_says_so(
     tasks = tasks_of(next(yaml.safe_load_all((tmp_path / "judged.yaml").read_text())))
     assert tasks["evaluate"].get("cachingOptions", {}).get("enableCache", False) is cached
     assert tasks["register"]["cachingOptions"]["enableCache"]
+
+
+def test_an_evaluation_by_a_reward_model_is_cached_like_any_other(tmp_path: Path):
+    """It cannot have been away."""
+    judge = Judge(reward=JudgingModel(model="org/reward-model"))
+    judged = load(PROFILES["gpu-large"]).model_copy(update={"judge": judge})
+    caching = judged.resources.model_copy(update={"caching": {}})
+    judged = judged.model_copy(update={"resources": caching})
+    compiler.Compiler().compile(build(judged, cluster=True), str(tmp_path / "judged.yaml"))
+    tasks = tasks_of(next(yaml.safe_load_all((tmp_path / "judged.yaml").read_text())))
+    assert tasks["evaluate"]["cachingOptions"]["enableCache"]
 
 
 @pytest.mark.parametrize("name", RECIPES)

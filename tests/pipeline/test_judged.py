@@ -200,7 +200,7 @@ def test_a_reward_model_judges_by_its_scores(trained, tmp_path):
     """Against the library's own classes, one conversation at a time."""
     folder, recipe, checkpoints = trained
     model = write_reward_model(tmp_path / "model")
-    judge = {"reward": {"kind": "model", "model": str(model)}, "margin": 0.01}
+    judge = {"reward": {"model": str(model), "margin": 0.02}}
     rules = {"max_quality_loss": 10.0, "judge": {"min_win_rate": 0.5}}
     run = Run(folder, recipe, checkpoints, tmp_path, {"judge": judge, "gate": rules})
     result = run.evaluate()
@@ -214,21 +214,21 @@ def test_a_reward_model_judges_by_its_scores(trained, tmp_path):
         messages = [*prompts[key], {"role": "assistant", "content": text}]
         ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)["input_ids"]
         with torch.no_grad():
-            return plain_model(input_ids=ids).logits.sigmoid().item()
+            return plain_model(input_ids=ids).logits.item()
 
     expected = {}
     ours, theirs = responses(run, "dqo"), responses(run, "reward_only")
     for key in ours:
         assert not any(special in text for text in ours[key] + theirs[key] for special in tokenizer.all_special_tokens)
         gaps = [scored(key, a) - scored(key, b) for a, b in zip(ours[key], theirs[key], strict=True)]
-        expected[key] = sum(0.5 if abs(gap) <= 0.01 else float(gap > 0) for gap in gaps) / len(gaps)
+        expected[key] = sum(0.5 if abs(gap) <= 0.02 else float(gap > 0) for gap in gaps) / len(gaps)
     assert found["per_prompt"] == list(expected.values()) and len(set(found["per_prompt"])) > 1
     scores = read_jsonl(run.out / "evaluation" / "judge-scores.jsonl")
     first = next(row for row in scores if (row["model"], row["response"]) == ("dqo", 0))
     assert first["value"] == pytest.approx(scored(first["id"], ours[first["id"]][0]), abs=1e-5)
 
     identity = result["judge"]["identity"]
-    assert (identity["kind"], identity["model"], identity["margin"]) == ("reward", str(model), 0.01)
+    assert (identity["kind"], identity["model"], identity["margin"]) == ("reward", str(model), 0.02)
     assert found["flip_rate"] is None and found["first_position_rate"] is None
     assert not result["judge"]["audit"]["passed"]
     assert any("audit" in reason for reason in judge_reasons(result)) and not result["gate"]["passed"]
@@ -237,6 +237,10 @@ def test_a_reward_model_judges_by_its_scores(trained, tmp_path):
     client = mlflow.MlflowClient(run.context.mlflow_uri)
     logged = client.get_run(CheckpointCard.read(folder / "dqo").mlflow_run_id).data.metrics
     assert logged["judge/win_rate"] == pytest.approx(found["win_rate"]["mean"])
+
+    said = {(row["id"], row["model"]): row["reasons"] for row in scores if row["response"] == 0}
+    for key in ours:  # six prompts, which is as many as the page shows
+        assert f"DQO-RL: {said[key, 'dqo']}; Reward-only RL: {said[key, 'reward_only']}" in page
 
     # Another model under the same name is another judge.
     changed(model)

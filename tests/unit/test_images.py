@@ -127,7 +127,7 @@ def test_models_and_data_are_read_only_and_only_folders_of_runs_are_not(tiny_pol
     judge = {"endpoint": "http://h/v1", "model": "m", "labelled": "/data/own.jsonl", "prompt": "/data/mine.yaml"}
     readable = _readable(parse(json.dumps({"name": "x", "judge": judge})))
     assert (readable["/data/own.jsonl"], readable["/data/mine.yaml"]) == ("/data/own.jsonl", "/data/mine.yaml")
-    reward = {"reward": {"kind": "model", "model": str(tmp_path)}}
+    reward = {"reward": {"model": str(tmp_path)}}
     assert str(tmp_path) in _readable(parse(json.dumps({"name": "x", "judge": reward})))
     assert _network(parse(json.dumps({"name": "x", "judge": reward})), "sqlite:////runs/mlflow.db") == "none"
     with pytest.raises(DQOError, match=r"'own\.jsonl': .*name the whole path"):

@@ -504,7 +504,7 @@ def test_the_command_reports_a_judge_that_is_down_as_a_failed_audit(tmp_path: Pa
 def test_the_command_holds_a_reward_model_against_the_pairs(tmp_path: Path):
     model = write_reward_model(tmp_path / "model")
     path = tmp_path / "judge.yaml"
-    path.write_text(json.dumps({"reward": {"kind": "model", "model": str(model)}}))
+    path.write_text(json.dumps({"reward": {"model": str(model)}}))
     done = dqo("judge", "audit", path, "--out", tmp_path / "audit.json")
     assert (done.returncode, done.stderr) == (1, "")  # a random model
     assert done.stdout.startswith(f"reward model {model}, on 60 labelled pairs (")
@@ -513,7 +513,7 @@ def test_the_command_holds_a_reward_model_against_the_pairs(tmp_path: Path):
     assert "shown first: not applicable (the judge sees one response at a time)" in done.stdout
 
     two = write_reward_model(tmp_path / "two", labels=2)
-    path.write_text(json.dumps({"reward": {"kind": "model", "model": str(two)}}))
+    path.write_text(json.dumps({"reward": {"model": str(two)}}))
     refused = dqo("judge", "audit", path)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert f"judge.reward.model '{two}': its config.json names 2 labels" in refused.stderr

@@ -16,14 +16,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from judge_server import BLOCK, JudgeServer, Reply, completion, fenced, serving, verdict
+from tiny import write_reward_model
 
 from dqo.errors import DQOError
 from dqo.files import write_text
-from dqo.judges import ByScore, Comparison, Pair, RewardJudge, Score, build, check
+from dqo.judges import ByScore, Comparison, Pair, RewardJudge, Score, build, check, identity_by_recipe
 from dqo.judges.client import ChatClient, Question, retry_after
 from dqo.judges.llm import PairwiseLLM, PointwiseLLM, read_answer
 from dqo.judges.prompt import escaped, load_prompt
-from dqo.recipe import Judge, parse
+from dqo.recipe import Judge, JudgingModel, parse
 from dqo.rewards import RuleReward
 from dqo.tasks import get_task
 from dqo.tasks.base import Row
@@ -753,10 +754,47 @@ def test_a_tasks_rule_is_a_judge():
     values = [task.reward(text, story) for text in texts]
     assert values[0] > values[1]
     assert [one.value for one in rule.score(texts, [story] * 2)] == values
+    good, bad = (f"scores {value:.4g}" for value in values)
     assert ByScore(rule).compare([Pair(story, *texts), Pair(story, *texts[::-1])]) == [
-        Comparison(("A", "A"), ("A: \nB: ", "A: \nB: ")),
-        Comparison(("B", "B"), ("A: \nB: ", "A: \nB: ")),
+        Comparison(("A", "A"), (f"A: {good}\nB: {bad}",) * 2),
+        Comparison(("B", "B"), (f"A: {bad}\nB: {good}",) * 2),
     ]
+
+
+class Counting:
+    """A reward that keeps what it was asked about."""
+
+    name = "counting"
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+
+    def __call__(self, responses: Sequence[str], rows: Sequence[Row]) -> list[float | None]:
+        self.asked += [(text, row["prompt"][0]["content"]) for text, row in zip(responses, rows, strict=True)]
+        return [float(len(text)) for text in responses]
+
+
+def test_a_reward_scores_a_response_once_and_anew_when_asked_to():
+    reward = Counting()
+    by_score = ByScore(RewardJudge(reward))
+    first = by_score.compare([Pair(row("one"), "aa", "b"), Pair(row("two"), "aa", "cc"), Pair(row("one"), "b", "b")])
+    assert [one.verdict for one in first] == ["A", "tie", "tie"]
+    assert sorted(reward.asked) == [("aa", "one"), ("aa", "two"), ("b", "one"), ("cc", "two")]
+    assert [one.value for one in by_score.judge.score(["aa", "ddd"], [row("one")] * 2)] == [2.0, 3.0]
+    assert len(reward.asked) == 5
+    by_score.compare([Pair(row("one"), "aa", "b")], repeat=1)
+    assert reward.asked[5:] == [("aa", "one"), ("b", "one")]
+
+
+@pytest.mark.parametrize("kind", ["pairwise", "pointwise", "reward"])
+def test_what_a_recipe_says_of_its_judge_is_part_of_the_judges_identity(kind: str, tmp_path: Path):
+    """`dqo promote --recipe` compares the two."""
+    if kind == "reward":
+        settings = Judge(reward=JudgingModel(model=str(write_reward_model(tmp_path / "model")), margin=0.5))
+    else:
+        settings = Judge(endpoint="http://h/v1", model="m", prompt=kind, max_tokens=77, cache=str(tmp_path))
+    said, whole = identity_by_recipe(settings), build(settings).identity
+    assert said.items() <= whole.items() and said["kind"] == kind and len(said) >= 4
 
 
 class Odd:

@@ -106,7 +106,7 @@ def test_all_problems_at_once_and_no_secret_among_them(tiny_policy, tiny_encoder
         tmp_path / "nothing",
         tiny_encoder,
         data={"source": str(tmp_path / "rows.jsonl")},
-        reward={"kind": "model", "model": str(two_labels)},
+        reward={"model": str(two_labels)},
         judge={"endpoint": "http://127.0.0.1:9/v1", "model": "judge", "api_key_env": "JUDGE_API_KEY"},
         resources={"secrets": {"tracking": "mlflow-user", "hub": "hub-token"}},
     )
@@ -169,7 +169,7 @@ def test_judges(tiny_policy, tiny_encoder, status: int, body: object, said: str 
 
 def test_a_reward_model_as_judge(tiny_policy, tiny_encoder, tmp_path):
     model = write_reward_model(tmp_path / "model")
-    section = {"reward": {"kind": "model", "model": str(model)}}
+    section = {"reward": {"model": str(model)}}
     said = preflight._judge(recipe_of(tiny_policy, tiny_encoder, judge=section))
     assert said == f"judge.reward.model '{model}': one label"
     (model / "tokenizer.json").unlink()

@@ -15,6 +15,7 @@ from registry_store import BAD, GATED, GOOD, Registry, gated_evaluation, interva
 from dqo import alias_trail, promotion, registry, tracking
 from dqo.errors import DQOError
 from dqo.gate import GateResult
+from dqo.judges import identity_by_recipe
 from dqo.judges.prompt import load_prompt
 from dqo.recipe import Gate, parse
 from pipelines import cli
@@ -170,10 +171,7 @@ def test_a_recipe_with_labelled_pairs_of_its_own_asks_for_an_audit_on_them(
     [
         ({"model": "other"}, "(model 'm' and not 'other')"),
         ({"prompt": "pointwise", "max_tokens": 64}, "(kind 'pairwise' and not 'pointwise', prompt_digest '"),
-        (
-            {"endpoint": None, "model": None, "reward": {"kind": "model", "model": "org/r"}},
-            "kind 'pairwise' and not 'rew",
-        ),
+        ({"endpoint": None, "model": None, "reward": {"model": "org/r"}}, "kind 'pairwise' and not 'reward'"),
     ],
 )
 def test_a_recipe_with_another_judge_asks_for_an_evaluation_by_it(
@@ -187,6 +185,27 @@ def test_a_recipe_with_another_judge_asks_for_an_evaluation_by_it(
     said = capsys.readouterr().out
     assert "the judge is another one than that of the recipe in force" in said and difference in said
     assert models.aliases == {}
+
+
+@pytest.mark.parametrize("revision", ["abc", None])
+def test_the_revision_of_a_reward_model_of_the_hub_is_asked_for(models: Registry, revision: str | None):
+    section = {"reward": {"model": "org/r", "revision": revision, "margin": 0.5}}
+    recipe = parse(json.dumps(yaml.safe_load(judging()) | {"judge": section}))
+    identity = {"kind": "reward", "name": "reward_model", "model": "org/r", "revision": "abc", "max_tokens": 1024}
+    version = models.version(GOOD | {"judge": JUDGED | {"identity": identity | {"margin": 0.5}}}, judging())
+    asked = identity_by_recipe(recipe.judge)
+    done = promotion.promote(models.client, models.name, version, recipe.gate, identity=asked)
+    assert done.gate.passed == (revision == "abc")
+    assert revision or "(revision 'abc' and not 'main')" in " ".join(done.gate.reasons)
+
+
+def test_a_gate_that_asks_no_judge_does_not_read_its_files(models: Registry, store, tmp_path, monkeypatch):
+    recipe = yaml.safe_load(judging()) | {"gate": yaml.safe_load(GATED)["gate"]}
+    recipe["judge"] |= {"prompt": "/nowhere/mine.yaml", "labelled": "/nowhere/pairs.jsonl"}
+    (tmp_path / "elsewhere.yaml").write_text(yaml.safe_dump(recipe))
+    version = models.version(GOOD | {"judge": JUDGED}, judging())
+    assert dqo(store, monkeypatch, "promote", models.name, version, "--recipe", str(tmp_path / "elsewhere.yaml")) == 0
+    assert models.aliases == {"champion": version}
 
 
 def test_a_judge_whose_audit_has_no_measures_that_can_be_read_promotes_nothing(models: Registry):

@@ -1,6 +1,7 @@
 """The recipe: what is refused and in which words, what is filled in, what identifies it."""
 
 import json
+import re
 from pathlib import Path
 
 import jsonschema
@@ -8,7 +9,7 @@ import pytest
 import yaml
 
 from dqo.errors import DQOError
-from dqo.recipe import Method, Recipe, json_schema, load, parse
+from dqo.recipe import Method, Recipe, json_schema, load, load_judge, parse
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "experiments")
@@ -142,7 +143,7 @@ def test_a_gate_that_can_never_hold_is_refused(text: str, problem: str):
     assert problem in message and message.startswith("my.yaml: 1 error in the recipe\n")
 
 
-REWARDED = "judge: {reward: {kind: model, model: org/other}}\n"
+REWARDED = "judge: {reward: {model: org/other}}\n"
 
 
 @pytest.mark.parametrize(
@@ -150,9 +151,9 @@ REWARDED = "judge: {reward: {kind: model, model: org/other}}\n"
     [
         ("judge: {}", "judge: endpoint and model missing; expected endpoint and model of a language model, or reward"),
         ("judge: {endpoint: 'http://h/v1'}", "judge: model missing; "),
-        (JUDGED.replace("m}", "m, margin: 0.1}"), "judge: margin 0.1 is of a reward model only"),
-        ("judge: {reward: {kind: rule}}", "judge: reward.kind: got 'rule'; expected 'model'"),
-        ("judge: {reward: {kind: model}}", "judge.reward: kind 'model' needs model"),
+        ("judge: {reward: {}}", "judge.reward.model: missing"),
+        (REWARDED.replace("r}}", "r, margin: -1}}"), "judge.reward.margin: got -1"),
+        (REWARDED.replace("r}}", "r, squash: true}}"), "judge.reward.squash: "),
         (REWARDED.replace("}}", "}, model: m}"), "judge: model 'm' is of a language model only, got reward as well"),
         (REWARDED.replace("}}", "}, max_requests: 9}"), "judge: max_requests 9 is of a language model only"),
         (
@@ -172,6 +173,18 @@ def test_the_models_of_a_run_are_those_of_every_section():
     assert [name for name, _ in recipe.models[:2]] == [recipe.policy.model, recipe.encoder.model]
     assert parse(recipe.to_json()) == recipe
     assert len(parse("name: a\n" + JUDGED).models) == 2  # the language model is the server's
+
+
+def test_a_file_with_the_judge_alone_may_have_a_mistake_in_it(tmp_path):
+    for text, said in (
+        ("reward: {model: org/r}\nrespones: 1\n", "judge.respones: "),
+        ("endpoint: http://h/v1\nmodle: m\n", "judge.modle: "),
+    ):
+        (tmp_path / "judge.yaml").write_text(text)
+        with pytest.raises(DQOError, match=re.escape(said)):
+            load_judge(tmp_path / "judge.yaml")
+    (tmp_path / "judge.yaml").write_text("reward: {model: org/r}\n")
+    assert load_judge(tmp_path / "judge.yaml").name == "org/r"
 
 
 @pytest.mark.parametrize(
