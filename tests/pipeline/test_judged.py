@@ -240,7 +240,7 @@ def test_a_reward_model_judges_by_its_scores(trained, tmp_path):
 
     said = {(row["id"], row["model"]): row["reasons"] for row in scores if row["response"] == 0}
     for key in ours:  # six prompts, which is as many as the page shows
-        assert f"DQO-RL: {said[key, 'dqo']}; Reward-only RL: {said[key, 'reward_only']}" in page
+        assert f"DQO-RL (alpha = 1): {said[key, 'dqo']}; Reward-only RL: {said[key, 'reward_only']}" in page
 
     # Another model under the same name is another judge.
     changed(model)
