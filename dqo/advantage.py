@@ -21,8 +21,16 @@ Members without a reward get advantage 0. `paper` then still estimates its objec
 rows out of L. Under `centred` the scored members' advantages sum to zero, so that the chance of being scored is left
 alone; `decoupled` moves it by alpha times the group's mean bonus less c, which is about zero on average.
 
-Members that earn no bonus (`dqo.defences`) take no part in its means either, and their advantage is the quality part
-alone: neither rewarded nor punished for how they differ.
+Members that earn no bonus (`dqo.defences`) are treated in one of two ways (`unearned`). With D_k the volume of the
+members that earn, where each earns or not by what it is itself:
+
+- `apart`: they take no part in the bonus' means, and their advantage is the quality part alone. The table then holds
+  among those that earn, and not for the chance to earn, which `decoupled` moves by alpha (b_i - c): up where few of a
+  group earn and are therefore worth much (a single one log 2), down where many do and are alike. Where few responses
+  of a group can be right, that pushes right ones away.
+- `zero`: their bonus is 0, in every mean and against every baseline. b_i = D_k - D_{-i} holds for them too, so the
+  table holds whole [derived, checked by enumeration]. A member that earns adds at least log(1 + 1/k) to the volume, so
+  that to earn is never worse than not to.
 
 Dividing the quality part by a standard deviation (`quality_scale`) makes it a heuristic, as in GRPO, in every form. The
 bonus is never divided: alpha would cancel where qualities tie, and differences of 1e-4 would become advantages of 1.
@@ -44,6 +52,7 @@ def group_advantages(
     quality_scale: Literal["none", "group", "batch"] = "none",
     middle: float | None = None,
     earns: Tensor | None = None,
+    unearned: Literal["apart", "zero"] = "apart",
 ) -> Tensor:
     r"""Advantage of every response from its reward and its leave-one-out bonus.
 
@@ -62,13 +71,15 @@ def group_advantages(
         middle: A constant near the middle of the bonus's range; `None` takes that of the log-volume's,
             `[log(1 + 1/k), log 2]`.
         earns: Members that earn a bonus, boolean, shape `(groups, k)`; `None` lets all scored ones.
+        unearned: What the other scored members get: `apart`, the quality part alone; `zero`, a bonus of 0, which counts
+            in the means and is held against the baseline. See the module.
 
     Returns:
         Shape `(groups, k)`, in the units of the reward (`quality_scale="none"`). No gradient is stopped.
 
     Raises:
-        ValueError: If shapes do not fit, k < 2, `form` or `quality_scale` is unknown, or `paper`, which takes the
-            reward as it is, meets a `quality_scale`.
+        ValueError: If shapes do not fit, k < 2, `form`, `quality_scale` or `unearned` is unknown, or `paper`, which takes
+            the reward as it is, meets a `quality_scale`.
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must have shape (groups, k) with k >= 2, got {tuple(rewards.shape)}")
@@ -80,6 +91,8 @@ def group_advantages(
         raise ValueError(f"form must be 'paper', 'centred' or 'decoupled', got {form!r}")
     if quality_scale not in ("none", "group", "batch"):
         raise ValueError(f"quality_scale must be 'none', 'group' or 'batch', got {quality_scale!r}")
+    if unearned not in ("apart", "zero"):
+        raise ValueError(f"unearned must be 'apart' or 'zero', got {unearned!r}")
     if form == "paper" and quality_scale != "none":
         raise ValueError(f"form 'paper' takes the reward as it is; quality_scale must be 'none', got {quality_scale!r}")
 
@@ -98,7 +111,8 @@ def group_advantages(
         from_batch = (rewards - rewards.sum() / scored.sum().clamp(min=1)).where(scored, 0.0)
         quality = quality / (_std(from_batch, scored.sum(), dim=(0, 1)) + _STD_FLOOR)
 
-    totals, members = bonus.sum(1, keepdim=True), earning.sum(1, keepdim=True)
+    counted = earning if unearned == "apart" else scored
+    totals, members = bonus.sum(1, keepdim=True), counted.sum(1, keepdim=True)
     if form == "centred":
         baseline = totals / members.clamp(min=1)
     else:
@@ -106,7 +120,7 @@ def group_advantages(
         if middle is None:
             middle = (math.log1p(1 / rewards.shape[1]) + math.log(2)) / 2
         baseline = ((totals.sum() - totals) / others.clamp(min=1)).where(others > 0, middle)
-    return quality + (alpha * (bonus - baseline)).where(earning, 0.0)
+    return quality + (alpha * (bonus - baseline)).where(counted, 0.0)
 
 
 def weighted(rewards: Tensor, share: Tensor, alpha: float) -> Tensor:

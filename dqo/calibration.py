@@ -344,7 +344,7 @@ def calibrate(
         )
     embeddings = torch.cat(vectors)
     truncated = torch.tensor([[one.truncated for one in group] for group in groups])
-    failed = Defences(**method.defences.model_dump(exclude={"embed", "strip_reasoning"})).failed(
+    failed = Defences(**method.defences.model_dump(exclude={"embed", "strip_reasoning", "unearned"})).failed(
         rewards,
         truncated,
         torch.tensor([[one.tokens for one in group] for group in groups]),

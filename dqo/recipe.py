@@ -140,7 +140,7 @@ class Reward(_Section):
 
 
 class Defences(_Section):
-    """What a response has to be to earn a bonus in RL; another leaves the kernel, its quality alone counts."""
+    """What a response has to be to earn a bonus in RL; another leaves the kernel."""
 
     min_quality: float | None = None
     """Reward that has to be reached; `null` asks for none."""
@@ -152,6 +152,9 @@ class Defences(_Section):
     """Longer responses earn none; `null` asks for nothing."""
     min_prompt_similarity: Annotated[float, Field(gt=-1.0, le=1.0)] | None = None
     """Cosine similarity of prompt and response that has to be reached; `null` asks for none."""
+    unearned: Literal["apart", "zero"] = "apart"
+    """What a response that earns none gets: `apart`, the advantage of its quality alone; `zero`, a bonus of 0, held
+    against the baseline like every other, so that to earn one is never worse than not to (docs/method.md)."""
     embed: Literal["response", "through_answer", "answer"] = "response"
     """What of a response is embedded in training: all of it, what stands up to the end of its answer, or the answer
     alone; where no answer is found, no bonus is earned. Evaluation always embeds the whole response."""
@@ -161,7 +164,7 @@ class Defences(_Section):
     @property
     def conditional(self) -> bool:
         """Whether some responses may earn no bonus."""
-        return self != Defences(quality_gate=self.quality_gate)
+        return self != Defences(quality_gate=self.quality_gate, unearned=self.unearned)
 
 
 class Method(_Section):

@@ -58,6 +58,10 @@ class DQOConfig(GRPOConfig):
     min_prompt_similarity: float | None = field(
         default=None, metadata={"help": "Cosine similarity of prompt and response below which no bonus is earned."}
     )
+    unearned: Literal["apart", "zero"] = field(
+        default="apart",
+        metadata={"help": "What earns no bonus gets: its quality alone, or a bonus of 0; dqo.advantage."},
+    )
     distinct_threshold: float = field(
         default=0.7, metadata={"help": "Cosine similarity of equal meaning, of distinct."}
     )
@@ -278,7 +282,7 @@ class DQOTrainer(GRPOTrainer):
             advantages = group_advantages(product, torch.zeros_like(bonus), 0.0, self.args.advantage, scale)
         else:
             advantages = group_advantages(
-                rewards, bonus, self.args.alpha, self.args.advantage, scale, score.middle, earns
+                rewards, bonus, self.args.alpha, self.args.advantage, scale, score.middle, earns, self.args.unearned
             )
         flat = advantages.flatten()
         start = self.accelerator.process_index * len(inputs)

@@ -151,6 +151,63 @@ def test_decoupled_keeps_the_whole_bonus_with_another_prompts_mean(m: int, k: in
     close(estimate, (k - 1) / k * toy.gradient(toy.total_reward, k) + ALPHA * toy.gradient(toy.volume, k))
 
 
+class Gated(Toy):
+    """The toy policy where only some responses earn a bonus: those of a reward above a threshold."""
+
+    threshold = 0.5
+
+    @property
+    def good(self) -> Tensor:
+        return self.reward > self.threshold
+
+    def volume(self, group: Tensor) -> float:
+        members = self.embeddings[group[self.good[group]]].numpy()
+        return math.log(np.linalg.det(members @ members.T + np.eye(len(members))))
+
+    def advantages(self, groups: Tensor, form: str, unearned: str) -> Tensor:
+        earns = self.good[groups]
+        bonus = leave_one_out_bonus(self.embeddings[groups], earns)
+        if form == "decoupled":  # one group at a time, so that c is a constant
+            return torch.cat(
+                [
+                    group_advantages(self.reward[g][None], b[None], ALPHA, form, earns=e[None], unearned=unearned)
+                    for g, b, e in zip(groups, bonus, earns, strict=True)
+                ]
+            )
+        return group_advantages(self.reward[groups], bonus, ALPHA, form, earns=earns, unearned=unearned)
+
+
+@pytest.mark.parametrize(("m", "k"), [(5, 3), (4, 4)])
+@pytest.mark.parametrize(("form", "rewards", "volume"), [("paper", 0, 0), ("centred", 1, 1), ("decoupled", 1, 0)])
+def test_a_bonus_of_zero_estimates_the_volume_of_those_that_earn(m: int, k: int, form: str, rewards: int, volume: int):
+    toy = Gated(m, k)
+    groups = toy.groups(k)
+    estimated = toy.estimate(groups, toy.advantages(groups, form, "zero"))
+    expected = toy.gradient(toy.total_reward, k - rewards) + ALPHA * toy.gradient(toy.volume, k - volume)
+    close(estimated, expected)
+
+
+def test_apart_pushes_away_what_earns_where_many_do_and_are_alike():
+    """The reason for `zero`: four answers, the three right ones all but the same, and a policy that knows them."""
+    toy = Gated(4, 4)
+    toy.embeddings = torch.nn.functional.normalize(
+        torch.tensor([[1.0, 0.1, 0], [1.0, -0.1, 0], [1.0, 0, 0.1], [0, 0, 1.0]], dtype=torch.float64), dim=-1
+    )
+    toy.reward = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    toy.theta = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64).requires_grad_(True)
+    groups = toy.groups(4)
+
+    def push(unearned: str) -> float:
+        """Change of the chance to be right that the bonus alone makes."""
+        bonus = toy.advantages(groups, "decoupled", unearned) - group_advantages(
+            toy.reward[groups], torch.zeros(groups.shape, dtype=torch.float64), 0.0, "decoupled"
+        )
+        chance = toy.theta.softmax(0).detach()
+        return (toy.estimate(groups, bonus)[:3] * chance[:3]).sum().item()
+
+    assert push("apart") < 0 < push("zero")
+
+
 def test_decoupled_with_a_baseline_from_its_own_group_would_be_biased() -> None:
     """Leaving the own group out of c is not a detail: with it in, the enumeration above fails."""
     toy = Toy(4, 3)

@@ -81,6 +81,18 @@ def test_who_earns_none_keeps_the_advantage_of_quality_and_moves_nobody(form: st
         assert got[g, i].item() == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("form", ["paper", "centred", "decoupled"])
+def test_who_earns_none_may_have_a_bonus_of_zero_like_any_other(form: str):
+    draw = torch.Generator().manual_seed(0)
+    rewards, bonus = torch.rand(3, 5, generator=draw), torch.rand(3, 5, generator=draw)
+    rewards[0, 1] = torch.nan
+    earns = torch.tensor([[1, 1, 0, 1, 1], [1, 0, 0, 1, 1], [0, 0, 0, 0, 0]]).bool()
+    got = group_advantages(rewards, bonus, 0.7, form, earns=earns, unearned="zero")
+    scored = ~rewards.isnan()
+    assert torch.equal(got, group_advantages(rewards, bonus.where(earns, 0.0), 0.7, form, earns=scored))
+    assert got[0, 1] == 0.0
+
+
 # A toy policy over five answers: three good ones that mean nearly the same, and two of gibberish, unlike everything.
 EMBEDDINGS = torch.nn.functional.normalize(
     torch.tensor([[1.0, 0.1, 0, 0], [1.0, -0.1, 0, 0], [1.0, 0, 0.1, 0], [0, 0, 0, 1.0], [0, 0, 1.0, 0]]), dim=-1
