@@ -78,8 +78,8 @@ def group_advantages(
         Shape `(groups, k)`, in the units of the reward (`quality_scale="none"`). No gradient is stopped.
 
     Raises:
-        ValueError: If shapes do not fit, k < 2, `form`, `quality_scale` or `unearned` is unknown, or `paper`, which takes
-            the reward as it is, meets a `quality_scale`.
+        ValueError: If shapes do not fit, k < 2, `form`, `quality_scale` or `unearned` is unknown, or `paper`, which
+            takes the reward as it is, meets a `quality_scale`.
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must have shape (groups, k) with k >= 2, got {tuple(rewards.shape)}")
