@@ -605,23 +605,6 @@ class JudgingModel(_Section):
         return Reward(kind="model", squash=False, **fields)
 
 
-_OF_LANGUAGE_MODELS = (
-    "endpoint",
-    "model",
-    "api_key_env",
-    "prompt",
-    "temperature",
-    "max_tokens",
-    "max_tokens_field",
-    "structured_output",
-    "max_concurrency",
-    "max_requests",
-    "max_attempts",
-    "timeout",
-    "cache",
-)
-
-
 class Judge(_Section):
     """A judge besides the reward: a language model, by `endpoint` and `model`, or a reward model (docs/judges.md).
 
@@ -676,8 +659,9 @@ class Judge(_Section):
                     "reward model"
                 )
             return self
-        for name in _OF_LANGUAGE_MODELS:
-            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+        of_any_judge = {"reward", "responses", "audit", "labelled"}
+        for name, field in type(self).model_fields.items():
+            if name not in of_any_judge and (value := getattr(self, name)) != field.default:
                 raise ValueError(
                     f"{name} {value!r} is of a language model only, got reward as well; leave one of them out"
                 )

@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--out", type=Path, help="folder for calibration.json and the sampled responses")
     calibrate.add_argument("--json", type=Path, help="file for the figures as JSON")
     calibrate.set_defaults(run=_calibrate)
-    judge = commands.add_parser("judge", help="see whether a judge may judge")
+    judge = commands.add_parser("judge", help="see whether a model may judge")
     actions = judge.add_subparsers(title="actions", metavar="ACTION", required=True)
     audit = actions.add_parser("audit", help="hold a judge's verdicts against labelled pairs; exit 1 if it fails")
     audit.add_argument("recipe", type=Path, help="recipe file, or a file with its `judge` section alone")
