@@ -106,7 +106,7 @@ def test_all_problems_at_once_and_no_secret_among_them(tiny_policy, tiny_encoder
         tmp_path / "nothing",
         tiny_encoder,
         data={"source": str(tmp_path / "rows.jsonl")},
-        reward={"model": str(two_labels)},
+        reward={"kind": "model", "model": str(two_labels)},
         judge={"endpoint": "http://127.0.0.1:9/v1", "model": "judge", "api_key_env": "JUDGE_API_KEY"},
         resources={"secrets": {"tracking": "mlflow-user", "hub": "hub-token"}},
     )
