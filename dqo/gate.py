@@ -7,7 +7,7 @@ method.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,33 @@ from dqo.errors import DQOError
 from dqo.evaluation.catalogue import METRICS
 from dqo.evaluation.statistics import Interval, bootstrap_interval, holm, overlap, paired_difference, paired_p_value
 from dqo.judges import audit as judge_audit
-from dqo.recipe import Gate, GateJudge, JudgeAudit
+from dqo.recipe import Gate, GateJudge, Judge, JudgeAudit
 
 Outcome = tuple[bool, str]
 """Whether a rule holds, and the sentence that says so."""
 
 _EVALUATE_AGAIN = "evaluate it again"
+
+
+@dataclass(frozen=True)
+class AskedJudge:
+    """The judge that the recipe in force asks for; as it stands, any that has passed its audit.
+
+    Attributes:
+        demands: What its audit has to show, held against the measures of the one in the evaluation; `None` takes its
+            outcome as it stands there, under the demands that the evaluation was made with.
+        labelled: Digest of the labelled pairs that the audit has to be made on; `None` takes any.
+        identity: What the recipe says of it (`dqo.judges.identity_by_recipe`); empty takes any judge.
+    """
+
+    demands: JudgeAudit | None = None
+    labelled: str | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_the_evaluation(cls, judge: Judge | None) -> "AskedJudge":
+        """That of the recipe which the evaluation was made with: who it is and its pairs are what they are there."""
+        return cls(None if judge is None else judge.audit)
 
 
 @dataclass(frozen=True)
@@ -73,9 +94,7 @@ def decide(
     gate: Gate,
     document: Mapping[str, Any],
     candidate: str = "dqo",
-    demands: JudgeAudit | None = None,
-    labelled: str | None = None,
-    identity: Mapping[str, Any] | None = None,
+    asked: AskedJudge | None = None,
 ) -> GateResult:
     """Apply a recipe's gate to an evaluation; nothing but the two is looked at.
 
@@ -85,10 +104,7 @@ def decide(
             compare prompt by prompt, its `per_prompt` values; `judge`, where one was asked; and `stopped`, why the
             training of a model was ended before its last step, which no metric makes up for.
         candidate: The model that asks to be promoted.
-        demands: What the recipe demands of a judge's audit, held against the measures of the one in the evaluation;
-            `None` takes its outcome as it stands there, under the demands that the evaluation was made with.
-        labelled: Digest of the labelled pairs that the audit has to be made on; `None` takes any.
-        identity: What the recipe in force says of its judge (`dqo.judges.identity_by_recipe`); `None` takes any judge.
+        asked: The judge that the recipe in force asks for; `None` takes the evaluation's, by the outcome of its audit.
 
     Returns:
         The decision. The model that the others are compared with never passes. A judge that is not done with an
@@ -105,7 +121,7 @@ def decide(
         _quality(gate, document, candidate),
         *_diversity(gate, document, candidate),
         *_regressions(gate, document, candidate),
-        *_judge(gate, document, candidate, demands, labelled, identity),
+        *_judge(gate, document, candidate, asked or AskedJudge()),
     ]
     stopped = document.get("stopped", {}).get(candidate)
     if stopped is not None:
@@ -216,14 +232,7 @@ def _regressions(gate: Gate, document: Mapping[str, Any], candidate: str) -> lis
     return outcomes
 
 
-def _judge(
-    gate: Gate,
-    document: Mapping[str, Any],
-    candidate: str,
-    demands: JudgeAudit | None,
-    labelled: str | None,
-    identity: Mapping[str, Any] | None,
-) -> list[Outcome]:
+def _judge(gate: Gate, document: Mapping[str, Any], candidate: str, asked: AskedJudge) -> list[Outcome]:
     found, rules = document.get("judge"), gate.judge
     if found is None:
         if rules is not None:
@@ -246,7 +255,7 @@ def _judge(
             f"gate.judge: the evaluation holds no verdicts on {candidate!r} against {gate.against!r}; it holds those "
             f"on {', '.join(found['models']) or '(none)'} against {found['against']!r}; {_EVALUATE_AGAIN}"
         )
-    others = {name: value for name, value in (identity or {}).items() if found["identity"].get(name) != value}
+    others = {name: value for name, value in asked.identity.items() if found["identity"].get(name) != value}
     if others:
         differences = ", ".join(f"{name} {found['identity'].get(name)!r} and not {others[name]!r}" for name in others)
         return [
@@ -257,15 +266,15 @@ def _judge(
             )
         ]
     pairs = found["audit"]["labelled"]
-    if labelled is not None and pairs["digest"] != labelled:
+    if asked.labelled is not None and pairs["digest"] != asked.labelled:
         return [
             (
                 False,
                 f"the judge was audited on other labelled pairs ({pairs['name']}, {pairs['digest']}) than those of the "
-                f"recipe in force ({labelled}), so its verdicts do not count; {_EVALUATE_AGAIN} with that recipe",
+                f"recipe in force ({asked.labelled}), so its verdicts do not count; {_EVALUATE_AGAIN} with that recipe",
             )
         ]
-    passed, faults = _audited(found["audit"], demands)
+    passed, faults = _audited(found["audit"], asked.demands)
     if not passed:
         failed = (
             "has passed its audit under other demands and does not meet those of the recipe in force"

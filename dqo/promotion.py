@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +11,9 @@ from dqo import alias_trail
 from dqo.alias_trail import CHAMPION, Event, Moved
 from dqo.errors import DQOError
 from dqo.evaluation import runs
-from dqo.gate import GateResult, decide
+from dqo.gate import AskedJudge, GateResult, decide
 from dqo.mlflow_errors import in_words
-from dqo.recipe import Gate, JudgeAudit, Recipe, parse
+from dqo.recipe import Gate, Recipe, parse
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -49,9 +49,7 @@ def promote(
     force: str | None = None,
     patience: float = alias_trail.PATIENCE,
     waiting: Waiting | None = None,
-    demands: JudgeAudit | None = None,
-    labelled: str | None = None,
-    identity: Mapping[str, Any] | None = None,
+    asked: AskedJudge | None = None,
 ) -> Promotion:
     """Make a version champion if its gate passes.
 
@@ -67,10 +65,7 @@ def promote(
         force: Why it is to be champion although the gate does not pass or there is no evaluation.
         patience: See `alias_trail.move`.
         waiting: See `alias_trail.move`.
-        demands: What a given gate's recipe demands of the judge's audit; `None` leaves that to the demands that the
-            evaluation was made with.
-        labelled: Digest of the labelled pairs that a given gate's recipe names; `None` where it names none.
-        identity: What a given gate's recipe says of its judge; see `dqo.gate.decide`.
+        asked: The judge that a given gate's recipe asks for; see `dqo.gate.decide`.
 
     Raises:
         DQOError: If there is no such version; if it has no evaluation, or none that the gate can be applied to, and
@@ -84,7 +79,7 @@ def promote(
         if found.status != "READY":
             raise DQOError(f"{given}: the version is {found.status} in MLflow; expected one that is READY")
         try:
-            located, report, result, missing = *_apply(client, given, found, gate, demands, labelled, identity), ""
+            located, report, result, missing = *_apply(client, given, found, gate, asked), ""
         except DQOError as error:
             if force is None:
                 raise
@@ -105,9 +100,7 @@ def _apply(
     given: str,
     version: "ModelVersion",
     gate: Gate | None,
-    demands: JudgeAudit | None,
-    labelled: str | None,
-    identity: Mapping[str, Any] | None,
+    asked: AskedJudge | None,
 ) -> tuple[runs.Located, dict[str, Any], GateResult]:
     """Apply a gate to a version's evaluation: where that is, what the report says beside the result, the result."""
     located = runs.locate(client, given, runs.run_of_version(client, given, version))
@@ -130,9 +123,9 @@ def _apply(
         rules = gate
         if rules is None:
             recipe = _recipe_of(located, given, Path(folder))
-            rules, demands = recipe.gate, recipe.judge.audit if recipe.judge is not None else None
+            rules, asked = recipe.gate, AskedJudge.of_the_evaluation(recipe.judge)
     try:
-        result = decide(rules, document, located.model, demands, labelled, identity)
+        result = decide(rules, document, located.model, asked)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DQOError(
             f"{given}: evaluation.json of MLflow run {evaluation} has no form that the gate can read ({error!r})"
@@ -142,7 +135,7 @@ def _apply(
         "model": located.model,
         "rules": rules.model_dump(mode="json"),
         "rules_from": source,
-        "judge_audit": None if demands is None else demands.model_dump(mode="json"),
+        "judge_audit": None if asked is None or asked.demands is None else asked.demands.model_dump(mode="json"),
     }
     return located, report, result
 

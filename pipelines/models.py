@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
+    from dqo.gate import AskedJudge
+
 _SHOWN = ("quality", "log_volume", "self_bleu_diversity")
 _MOVES = 10
 _WIDEST = 1000
@@ -51,18 +53,14 @@ def promote(
     """
     given = None if recipe is None else load(recipe)
     judge = None if given is None or given.gate.judge is None else given.judge
-    labelled = _labelled(judge)
-    from dqo import judges, promotion
+    asked = None if judge is None else _asked(judge)
+    from dqo import promotion
 
     client = tracking.client_of(stores.require(out, uri), "promoted")
     if not version.isdecimal():
         version = str(runs.version_of(client, f"{name}@{version}", f"{name}@{version}").version)
     gate = None if given is None else given.gate
-    demands = None if judge is None else judge.audit
-    identity = None if judge is None else judges.identity_by_recipe(judge)
-    done = promotion.promote(
-        client, name, version, gate, force, waiting=_wait, demands=demands, labelled=labelled, identity=identity
-    )
+    done = promotion.promote(client, name, version, gate, force, waiting=_wait, asked=asked)
     console = Console(highlight=False)
     for reason in done.gate.reasons if done.gate is not None else [f"no evaluation: {done.gate_missing}"]:
         console.print(Text(f"  gate: {reason}"), soft_wrap=True)
@@ -77,13 +75,13 @@ def promote(
     return 0
 
 
-def _labelled(judge: Judge | None) -> str | None:
-    """Digest of the labelled pairs that a recipe's judge is to be audited on, where it names some."""
-    if judge is None or judge.labelled is None:
-        return None
+def _asked(judge: Judge) -> "AskedJudge":
+    from dqo.gate import AskedJudge
+    from dqo.judges import identity_by_recipe
     from dqo.judges.labelled import labelled_of
 
-    return labelled_of(judge).digest
+    pairs = None if judge.labelled is None else labelled_of(judge).digest
+    return AskedJudge(judge.audit, pairs, identity_by_recipe(judge))
 
 
 def rollback(name: str, why: str, out: Path, uri: str | None) -> int:

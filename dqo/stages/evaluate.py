@@ -22,7 +22,7 @@ from dqo.evaluation.figures import ModelResult
 from dqo.evaluation.metrics import group_metrics
 from dqo.evaluation.statistics import Interval, bootstrap_interval, paired_difference
 from dqo.files import read_jsonl, write_jsonl, write_text
-from dqo.gate import decide
+from dqo.gate import AskedJudge, decide
 from dqo.generation import sample_texts
 from dqo.health import judge as judge_health
 from dqo.judges import build as build_judge
@@ -237,7 +237,7 @@ def _measure(
     if judged is not None:
         document["judge"] = judged.document()
         judged.write(output)
-    gate = decide(recipe.gate, document, demands=recipe.judge.audit if recipe.judge is not None else None)
+    gate = decide(recipe.gate, document, asked=AskedJudge.of_the_evaluation(recipe.judge))
     document["gate"] = asdict(gate)
     write_text(output / "evaluation.json", json.dumps(document, indent=1, allow_nan=False) + "\n")
     runs = {name: checkpoint.mlflow_run_id for name, checkpoint in cards.items()}

@@ -10,7 +10,7 @@ from dqo.checkpoint import CheckpointCard, weights_digest
 from dqo.errors import DQOError
 from dqo.evaluation import runs
 from dqo.files import write_text
-from dqo.gate import GateResult, decide
+from dqo.gate import AskedJudge, GateResult, decide
 from dqo.mlflow_errors import in_words
 from dqo.recipe import Recipe
 from dqo.stages.context import Context, running, stage_key
@@ -54,7 +54,7 @@ def run(
         experiment = tracking.connect(recipe, context.mlflow_uri)
         with tracking.child_run(context.parent_run_id, "register", "register", key) as run_:
             if not folder.finished:
-                demands = recipe.judge.audit if recipe.judge is not None else None
+                asked = AskedJudge.of_the_evaluation(recipe.judge)
                 # Before it, so that the newest version of a pipeline is the one that stands for promotion.
                 baselines = {
                     other.model: _register(
@@ -62,7 +62,7 @@ def run(
                         other,
                         path,
                         result,
-                        decide(recipe.gate, result, other.model, demands),
+                        decide(recipe.gate, result, other.model, asked),
                         pipeline_run,
                         False,
                     )[0]

@@ -14,7 +14,7 @@ from registry_store import BAD, GATED, GOOD, Registry, gated_evaluation, interva
 
 from dqo import alias_trail, promotion, registry, tracking
 from dqo.errors import DQOError
-from dqo.gate import GateResult
+from dqo.gate import AskedJudge, GateResult
 from dqo.judges import identity_by_recipe
 from dqo.judges.prompt import load_prompt
 from dqo.recipe import Gate, parse
@@ -136,7 +136,7 @@ def test_a_judge_that_failed_its_audit_may_pass_by_the_recipe_in_force_only(mode
     version = models.version(GOOD | {"judge": JUDGED | {"audit": audit}}, judging(min_kappa=0.8))
     assert not promotion.promote(models.client, models.name, version).gate.passed
     loose = parse(judging(min_kappa=0.5))
-    done = promotion.promote(models.client, models.name, version, loose.gate, demands=loose.judge.audit)
+    done = promotion.promote(models.client, models.name, version, loose.gate, asked=AskedJudge(loose.judge.audit))
     assert done.gate.passed and models.aliases == {"champion": version}
 
 
@@ -193,8 +193,8 @@ def test_the_revision_of_a_reward_model_of_the_hub_is_asked_for(models: Registry
     recipe = parse(json.dumps(yaml.safe_load(judging()) | {"judge": section}))
     identity = {"kind": "reward", "name": "reward_model", "model": "org/r", "revision": "abc", "max_tokens": 1024}
     version = models.version(GOOD | {"judge": JUDGED | {"identity": identity | {"margin": 0.5}}}, judging())
-    asked = identity_by_recipe(recipe.judge)
-    done = promotion.promote(models.client, models.name, version, recipe.gate, identity=asked)
+    asked = AskedJudge(identity=identity_by_recipe(recipe.judge))
+    done = promotion.promote(models.client, models.name, version, recipe.gate, asked=asked)
     assert done.gate.passed == (revision == "abc")
     assert revision or "(revision 'abc' and not 'main')" in " ".join(done.gate.reasons)
 
