@@ -20,6 +20,7 @@ from dqo.mlflow_errors import in_words
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 
 def log_model(run_id: str, checkpoint: Path, name: str, readme: str | None = None) -> str:
@@ -68,6 +69,51 @@ def log_model(run_id: str, checkpoint: Path, name: str, readme: str | None = Non
             metadata={"base_model": card.base_model, "base_revision": card.base_revision},
         )
     return info.model_uri
+
+
+@in_words("look for the version that was registered before")
+def logged_before(name: str, run_id: str, stage_key: str) -> str | None:
+    """URI of the logged model behind the version that an earlier call has made of a checkpoint; `None` if there is none.
+
+    Args:
+        name: Registered model.
+        run_id: The training run.
+        stage_key: That of the checkpoint.
+
+    Raises:
+        DQOError: If MLflow does not answer.
+    """
+    import mlflow
+
+    version = _version_of(mlflow.MlflowClient(), name, run_id, stage_key)
+    return version.source if version is not None and str(version.source).startswith("models:/m-") else None
+
+
+def _version_of(client: "MlflowClient", name: str, run_id: str, stage_key: str) -> "ModelVersion | None":
+    return next(
+        (
+            one
+            for one in versions_of(client, name).values()
+            if one.run_id == run_id and one.tags.get("dqo.stage_key") == stage_key
+        ),
+        None,
+    )
+
+
+@in_words("renew the card of the model")
+def replace_readme(model_uri: str, readme: str) -> None:
+    """Put another card into a logged model, for an evaluation that was made anew.
+
+    Raises:
+        DQOError: If MLflow or its artifact store does not take it.
+    """
+    import mlflow
+
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "README.md"
+        path.write_text(readme, encoding="utf-8")
+        client = mlflow.MlflowClient()
+        client.log_model_artifact(model_uri.removeprefix("models:/"), str(path), "artifacts/checkpoint")
 
 
 @contextmanager
@@ -174,9 +220,7 @@ def register(
 
     client = mlflow.MlflowClient()
     claim(client, name)
-    key = str(tags["dqo.stage_key"])
-    known = [one for one in versions_of(client, name).values() if one.tags.get("dqo.stage_key") == key]
-    found = next((v for v in known if v.run_id == run_id), None)
+    found = _version_of(client, name, run_id, str(tags["dqo.stage_key"]))
     # A server asks for the logged model's id beside its address; a local store takes either.
     model_id = model_uri.removeprefix("models:/") if model_uri.startswith("models:/m-") else None
     everything = {

@@ -123,7 +123,12 @@ def _register(
     means = {name: interval["mean"] for name, interval in metrics.items() if interval["mean"] is not None}
     evaluated = _evaluation_run(context)
     readme = model_card.render(recipe, card, result | {"gate": asdict(gate)})
-    uri = registry.log_model(card.mlflow_run_id, checkpoint, recipe.registry.name, readme)
+    # A version keeps its logged model: what an evaluation made anew says has to stand on that one's page.
+    uri = registry.logged_before(recipe.registry.name, card.mlflow_run_id, card.stage_key)
+    if uri is None:
+        uri = registry.log_model(card.mlflow_run_id, checkpoint, recipe.registry.name, readme)
+    else:
+        registry.replace_readme(uri, readme)
     if evaluated is not None:
         tags["dqo.evaluation_mlflow_run"] = evaluated
         registry.attach_metrics(uri, evaluated, metrics, recipe.task, result["data_digest"])

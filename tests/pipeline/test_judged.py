@@ -345,19 +345,47 @@ def evaluation_run(run: Run) -> Any:
     return client.search_runs(experiments, "tags.`dqo.stage` = 'evaluate'", order_by=["attributes.start_time DESC"])[0]
 
 
+def registered(run: Run) -> dict[str, Any]:
+    """What a registration leaves on the page of its version: figures with their data, tags, card."""
+    context = run.context
+    register.run(context, run.checkpoints, run.out / "evaluation", run.out / "registration.json")
+    document = json.loads((run.out / "registration.json").read_text())
+    client = mlflow.MlflowClient(context.mlflow_uri)
+    version = client.get_model_version(document["name"], document["version"])
+    logged = client.get_logged_model(version.source.removeprefix("models:/"))
+    newest = sorted((one for one in logged.metrics if one.dataset_digest is not None), key=lambda one: one.timestamp)
+    card = mlflow.artifacts.download_artifacts(version.source, dst_path=str(run.out / "model"))
+    return {
+        "version": document["version"],
+        "figures": {one.key: one.value for one in newest},
+        "tags": version.tags,
+        "card": (Path(card) / "artifacts" / "checkpoint" / "README.md").read_text(),
+    }
+
+
 def test_a_judge_that_is_down_for_the_whole_run_leaves_the_rest_and_the_gate_refuses(judged):
     with serving(lambda *_: Reply(503, b"out for lunch")) as server:
         run = judged(server)
+        run.sections["registry"] = {"name": "judged-when-it-was-back"}  # no other test's version
         result = run.evaluate()
         asked = server.count
         assert asked == 1  # once: nothing else is sent to a server that has never answered
         page = (run.out / "evaluation" / "report.html").read_text()
         state = evaluation_run(run).data.tags["dqo.judge"]
+        refused = registered(run)
         warnings = [event for event in read_jsonl(run.context.progress_file) if event["event"] == "warning"]
         # It is not frozen: the judge is back, and the same call asks it.
         server.script = Reader()
         again = run.evaluate()
+        passed = registered(run)
     assert again["judge"]["complete"] and evaluation_run(run).data.tags["dqo.judge"] == "complete"
+    assert refused["figures"]["judge/complete"] == 0.0 and "judge/win_rate" not in refused["figures"]
+    assert "the judge is not done" in refused["card"] and "the judge is not done" in refused["tags"]["gate.reasons"]
+    # One version, whose own page says what the second evaluation has found.
+    assert passed["version"] == refused["version"]
+    assert passed["figures"]["judge/complete"] == 1.0 and passed["figures"]["judge/pairs"] == 12
+    assert "the judge is not done" not in passed["card"] + passed["tags"]["gate.reasons"]
+    assert "the judge's win rate" in passed["card"]
     judge = result["judge"]
     assert not judge["complete"] and "is down: 503: out for lunch" in judge["reason"]
     assert f"{4 * AUDIT_PAIRS} answers of its audit, 36 of 36 pairs" in judge["reason"]
