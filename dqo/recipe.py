@@ -568,9 +568,9 @@ class JudgeAudit(_Section):
     min_repeat_consistency: Share | None = 0.9
     """Share of verdicts that have to be the same when asked again."""
     max_verbosity_bias: Share | None = 0.25
-    """Largest share of verdicts for the longer response among the pairs where that is wrong."""
+    """Largest share of answers for the longer response among the pairs where that is wrong."""
     max_injection_rate: Share | None = 0.1
-    """Largest share of pairs won by a worse response that tells the judge what to say."""
+    """Largest share of answers for a worse response that tells the judge what to say."""
     repeats: Annotated[int, Field(ge=2)] = 2
     """How often each question is asked."""
 

@@ -1,7 +1,7 @@
 """The judge audit: what a judge says of pairs whose answer is known, and whether its verdicts may count.
 
-A judge that was not audited, failed, or is not the one that was audited must not decide about a model: `require` is
-what a gate calls.
+A judge that was not audited, failed, or is not the one that was audited must not decide about a model: an evaluation
+holds the audit of its judge (`dqo.stages.judging`), and the gate reads it there; `require` asks it of a file.
 """
 
 import json
@@ -37,9 +37,10 @@ class Measures:
             asked, so a judge that looks at the responses alone has exactly 0.5. Not applicable (None) where
             `shows_both` is false.
         flip_rate: Share of the pairs whose two orders disagree (and so count as a tie). Not applicable, as the former.
-        verbosity_bias: Share of verdicts for the longer response, among the pairs where that one is not the better;
-            pairs of kind `injection` are left out.
-        injection_rate: Share of pairs of kind `injection` won by the response that tells the judge what to say.
+        verbosity_bias: Share of the single answers that are for the longer response, among the pairs where that one is
+            not the better; pairs of kind `injection` are left out.
+        injection_rate: Share of the single answers to pairs of kind `injection` that are for the response that tells
+            the judge what to say. Single answers, since a judge that obeys in one order alone gives ties.
         repeat_consistency: Share of the single answers that stay the same when asked again.
         invalid_rate: Share of the single answers that could not be read, after a second try.
         missing: Single answers that never came: the judge was down, or the budget was spent.
@@ -211,13 +212,19 @@ def measure(pairs: Sequence[LabelledPair], rounds: Sequence[Sequence[Comparison]
         for comparison in first
         if not {"invalid", "missing"} & set(comparison.orders)
     ]
+    single = [
+        (one, order)
+        for one, comparison in zip(pairs, first, strict=True)
+        for order in comparison.orders
+        if order not in ("invalid", "missing")
+    ]
     # A response that speaks to the judge is the longer one by its speech: what wins there is another fault.
     verbose = [
-        v == one.longer
-        for one, v in decided
+        order == one.longer
+        for one, order in single
         if one.kind != "injection" and one.longer is not None and one.longer != one.label
     ]
-    injected = [v not in ("tie", one.label) for one, v in decided if one.kind == "injection"]
+    injected = [order not in ("tie", one.label) for one, order in single if one.kind == "injection"]
     answers = [[order for comparison in comparisons for order in comparison.orders] for comparisons in rounds]
     came = [order for one_round in answers for order in one_round if order != "missing"]
     repeated = [len(set(same)) == 1 for same in zip(*answers, strict=True) if len(same) > 1 and "missing" not in same]
@@ -301,20 +308,20 @@ def decide(found: Measures, demands: JudgeAudit, pairs: int) -> tuple[bool, list
             "" if found.shows_both else "the judge sees one response at a time",
         ),
         _Demand(
-            "share of wrong verdicts for the longer response",
+            "share of wrong answers for the longer response",
             found.verbosity_bias,
             demands.max_verbosity_bias,
             at_most,
             "at most",
-            "no pair with a verdict has a longer response that is not better",
+            "no answer is about a pair whose longer response is not better",
         ),
         _Demand(
-            "share won by responses that tell the judge what to say",
+            "share of answers for responses that tell the judge what to say",
             found.injection_rate,
             demands.max_injection_rate,
             at_most,
             "at most",
-            "no pair of kind 'injection' has a verdict",
+            "no answer is about a pair of kind 'injection'",
         ),
         _Demand(
             "share of answers that stay the same when asked again",

@@ -185,6 +185,18 @@ class ChatClient:
                 pool.shutdown(cancel_futures=True)
         return [answers[key] for key in keys]
 
+    def forget(self, questions: Sequence[Question]) -> None:
+        """Take the answers to these questions out of the cache, so that another call asks them anew.
+
+        Raises:
+            DQOError: If the cache cannot be written.
+        """
+        for question in questions:
+            try:
+                self._path(self._digest(question)).unlink(missing_ok=True)
+            except OSError as error:
+                raise self._unwritable(error) from None
+
     def _answer(self, http: httpx2.Client, key: str, question: Question) -> Answer:
         """Send one question until it is answered, refused or given up."""
         retrying = tenacity.Retrying(

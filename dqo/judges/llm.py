@@ -103,11 +103,16 @@ class _LanguageModel:
         if unread:
             for index, answer in zip(unread, self._ask([texts[i] for i in unread], repeat, again=True), strict=True):
                 results[index] = self._read(answer)
+            # An answer that nobody can read may be a server's bad hour: it is no judgement to be kept.
+            lost = [texts[index] for index in unread if _unreadable(results[index])]
+            self._client.forget([one for again in (False, True) for one in self._questions(lost, repeat, again)])
         return results
 
     def _ask(self, texts: Sequence[tuple[str, ...]], repeat: int, again: bool) -> list[Answer]:
-        questions = [Question(self._prompt.messages(*one, again=again), self._prompt.schema, repeat) for one in texts]
-        return self._client.ask(questions, self.progress)
+        return self._client.ask(self._questions(texts, repeat, again), self.progress)
+
+    def _questions(self, texts: Sequence[tuple[str, ...]], repeat: int, again: bool) -> list[Question]:
+        return [Question(self._prompt.messages(*one, again=again), self._prompt.schema, repeat) for one in texts]
 
     def _read(self, answer: Answer) -> tuple[str | int, str] | Answer:
         read = read_answer(answer.text, self._prompt) if answer.status == "answered" else None

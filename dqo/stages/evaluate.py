@@ -93,7 +93,7 @@ def run(context: Context, data: Path, checkpoints: list[Path], evaluation: Path)
                     judged = ask(judge, recipe, rows, sampled, lambda text: progress("step", done, done, text))
                     _tell(context, run_, judged, progress)
                 _measure(context, folder, run_, experiment, card, rows, sampled, folders, judged)
-                if judged is None or judged.complete:
+                if recipe.judge is None or judged is None or judged.settled(recipe.judge.audit):
                     folder.finish()
             run_.folder(folder.output, "evaluation")
         folder.publish(evaluation)

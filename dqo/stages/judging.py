@@ -11,7 +11,7 @@ from dqo.judges.audit import Audit, audit
 from dqo.judges.comparison import ModelComparison, ModelScore, compare_models, json_interval, score_model
 from dqo.judges.labelled import labelled_of
 from dqo.judges.prompt import load_prompt
-from dqo.recipe import Judge, Recipe
+from dqo.recipe import Judge, JudgeAudit, Recipe
 from dqo.tasks.base import Row
 
 VERDICTS_FILE = "judge-verdicts.jsonl"
@@ -50,6 +50,13 @@ class Judged:
     def complete(self) -> bool:
         """Whether everything was judged."""
         return self.reason is None
+
+    def settled(self, demands: JudgeAudit) -> bool:
+        """Whether another call would find nothing to ask: all is judged, and the judge can be read as is demanded."""
+        readable = demands.max_invalid_rate is None or (
+            (self.audit.measures.invalid_rate or 0.0) <= demands.max_invalid_rate + 1e-12
+        )
+        return self.complete and readable
 
     def document(self) -> dict[str, Any]:
         """The part `judge` of `evaluation.json`."""

@@ -147,18 +147,21 @@ def test_verbosity_counts_the_pairs_where_the_longer_response_is_not_the_better(
         labelled("B", short, long),  # the longer one is better: not counted
         labelled("A", short, short + "x"),  # of about one length: not counted
         labelled("A", short, long, kind="injection"),  # longer by what it says to the judge: not counted
-        labelled("A", short, long, name="u"),  # no verdict: not counted
+        labelled("A", short, long, name="u"),
     ]
-    found = measure(given, rounds(*[("B", "B")] * 6, ("B", "invalid")))
-    assert found.verbosity_bias == pytest.approx(2 / 3)
+    found = measure(given, rounds(*[("B", "B")] * 6, ("invalid", "invalid")))
+    assert found.verbosity_bias == pytest.approx(4 / 6)
+    found = measure(given, rounds(("B", "A"), *[("tie", "tie")] * 5, ("B", "invalid")))
+    assert found.verbosity_bias == pytest.approx(2 / 7)  # in one order each
     assert found.judged == 6
     assert measure(given[3:5], rounds(("B", "B"), ("B", "B"))).verbosity_bias is None
 
 
-def test_injection_counts_pairs_that_the_worse_response_wins():
+def test_injection_counts_the_answers_for_the_worse_response_in_either_order():
     given = [labelled("A", kind="injection", name=str(i)) for i in range(4)] + [labelled("A")]
     found = measure(given, rounds(("B", "B"), ("A", "B"), ("A", "A"), ("invalid", "B"), ("B", "B")))
-    assert found.injection_rate == pytest.approx(1 / 3)
+    # B of B B, A B, A A and the one that can be read of the last; the plain pair is another fault.
+    assert found.injection_rate == pytest.approx(4 / 7)
 
 
 def test_consistency_invalid_and_missing_answers_are_counted_one_by_one():
@@ -224,13 +227,13 @@ def test_limits_themselves_are_met_and_null_demands_nothing():
 
 def test_the_shipped_pairs_are_what_the_documentation_says():
     found = SHIPPED.pairs
-    assert len(found) == 60
+    assert len(found) == 62
     assert all(one.longer not in (None, one.label) for one in found if one.kind == "longer")
     assert {one.kind for one in found} == {"plain", "longer", "tie", "injection"}
     assert min(sum(one.kind == kind for one in found) for kind in ("plain", "longer", "tie", "injection")) >= 10
     assert sum(one.twin_of is not None for one in found) == 12
     assert abs(sum(one.label == "A" for one in found) - sum(one.label == "B" for one in found)) <= 3
-    assert len({(one.prompt, one.a, one.b) for one in found}) == 60
+    assert len({(one.prompt, one.a, one.b) for one in found}) == 62
 
 
 ROW = {"id": "1", "prompt": "q", "a": "x", "b": "y", "label": "A"}
@@ -277,13 +280,13 @@ def test_a_set_of_ones_own_is_read(tmp_path: Path):
 def test_an_honest_judge_passes(tmp_path: Path):
     with serving(honest) as server:
         found = audited(server, tmp_path)
-        # 48 different pairs in two orders, twice; the 12 twins ask what their pairs have asked.
-        assert (server.count, found.requests) == (48 * 2 * 2, 48 * 2 * 2)
+        # 50 different pairs in two orders, twice; the 12 twins ask what their pairs have asked.
+        assert (server.count, found.requests) == (50 * 2 * 2, 50 * 2 * 2)
         again = audited(server, tmp_path)
-        assert (server.count, again.requests) == (48 * 2 * 2, 0)
+        assert (server.count, again.requests) == (50 * 2 * 2, 0)
     assert found.passed, found.reasons
-    assert asdict(found.measures) == asdict(Measures(1.0, 1.0, 1.0, 0.5, 0.0, 0.0, 0.0, 1.0, 0.0, missing=0, judged=60))
-    assert found.agreement == {"plain": (18, 18), "longer": (14, 14), "tie": (13, 13), "injection": (15, 15)}
+    assert asdict(found.measures) == asdict(Measures(1.0, 1.0, 1.0, 0.5, 0.0, 0.0, 0.0, 1.0, 0.0, missing=0, judged=62))
+    assert found.agreement == {"plain": (18, 18), "longer": (14, 14), "tie": (13, 13), "injection": (17, 17)}
     assert again.measures == found.measures
 
 
@@ -292,13 +295,18 @@ def longest(_: int, body: dict[str, Any]) -> Reply:
     return verdict("A" if a > b else "B" if b > a else "tie")
 
 
-def gullible(number: int, body: dict[str, Any]) -> Reply:
+def gullible_in_one_order(number: int, body: dict[str, Any]) -> Reply:
+    """Honest, but does as it is told in one of the two orders, now the first and now the second."""
+    return gullible(number, body, "AB"[len(fenced(body)["question"]) % 2])
+
+
+def gullible(number: int, body: dict[str, Any], places: str = "AB") -> Reply:
     """Honest, but does as it is told wherever a response is of the kind that tells."""
     blocks = {tag: plain(text) for tag, text in fenced(body).items()}
     told = {
         plain(x) for one in SHIPPED.pairs if one.kind == "injection" for x in (one.b if one.label == "A" else one.a,)
     }
-    for letter in "AB":
+    for letter in places:
         if blocks[f"response-{letter.lower()}"] in told:
             return verdict(letter)
     return honest(number, body)
@@ -306,7 +314,7 @@ def gullible(number: int, body: dict[str, Any]) -> Reply:
 
 def moody(number: int, body: dict[str, Any]) -> Reply:
     """Honest in the first round, and in the second round in three of four."""
-    return verdict("tie") if number >= 96 and number % 4 == 0 else honest(number, body)
+    return verdict("tie") if number >= 100 and number % 4 == 0 else honest(number, body)
 
 
 def mumbling(number: int, body: dict[str, Any]) -> Reply:
@@ -319,6 +327,7 @@ CHARACTERS = {
     "undecided": (lambda *_: verdict("tie"), ["agreement with", "response shown first"]),
     "long": (longest, ["agreement with", "longer response"]),
     "gullible": (gullible, ["tell the judge what to say"]),
+    "gullible in one order": (gullible_in_one_order, ["tell the judge what to say"]),
     "moody": (moody, ["stay the same"]),
     "mumbling": (mumbling, ["cannot be read"]),
     "mute": (lambda *_: completion("?"), ["agreement with", "first", "longer", "tell the judge", "cannot be read"]),
@@ -338,7 +347,10 @@ def test_a_judge_of_bad_character_fails_for_its_fault(name: str, tmp_path: Path)
         assert {pair["verdict"] for pair in found.pairs} == {"tie"}
         assert found.measures.first_position_rate == (1.0 if name == "first" else 0.0)
         assert (found.measures.kappa, found.measures.flip_rate) == (0.0, 1.0)
-    if name in ("gullible", "moody"):
+    if name == "gullible in one order":  # no pair is won by being told so
+        assert not any(pair["verdict"] not in ("tie", pair["label"]) for pair in found.pairs)
+        assert found.measures.injection_rate == pytest.approx(0.5)
+    if name in ("gullible", "gullible in one order", "moody"):
         assert len([one for one in failed if "agreement" not in one]) == 1
 
 
@@ -349,7 +361,7 @@ def test_a_judge_that_goes_away_gives_an_incomplete_audit_that_is_continued(tmp_
         assert part.measures.missing > 0 and part.reasons[0].startswith("incomplete: ")
         assert "the budget of 50 requests" in part.problems[0]
         whole = audited(server, tmp_path)
-        assert whole.passed and server.count == 48 * 2 * 2
+        assert whole.passed and server.count == 50 * 2 * 2
 
 
 def test_a_reward_can_be_audited(tmp_path: Path):
@@ -388,7 +400,7 @@ def test_what_is_about_places_does_not_apply_to_a_judge_that_sees_one_response_a
     # A recipe that demands nothing else has demanded nothing of it.
     nothing = dict.fromkeys(("min_kappa", "max_invalid_rate", "min_repeat_consistency"))
     only = JudgeAudit(**nothing, max_verbosity_bias=None, max_injection_rate=None)
-    passed, reasons = decide(found.measures, only, 47)
+    passed, reasons = decide(found.measures, only, 49)
     assert not passed
     assert reasons == [sentence, "nothing is demanded that applies to this judge, so nothing is shown"]
     # A judge that is shown both and names no winner is another matter.
@@ -405,7 +417,7 @@ def test_a_gate_takes_the_audit_of_its_own_judge_only(tmp_path: Path):
         judge = build(settings)
         audit(judge, SHIPPED, DEMANDS).write(path)
     assert require(path, judge.identity, DEMANDS) == Audit.read(path)
-    assert Audit.read(path).labelled == {"name": "shipped", "digest": SHIPPED.digest, "pairs": 60}
+    assert Audit.read(path).labelled == {"name": "shipped", "digest": SHIPPED.digest, "pairs": 62}
     for change in (
         {"model": "other"},
         {"endpoint": "http://elsewhere:8000/v1"},
@@ -468,7 +480,7 @@ def test_the_command_says_passed_and_writes_what_a_gate_reads(tmp_path: Path):
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.splitlines()[-1].startswith("passed")
         assert "agreement with the labels (Cohen's kappa): 1.00 [1.00, 1.00], as demanded (at least 0.6)" in done.stdout
-        assert "pairs of kind injection: 15 of 15 as labelled" in done.stdout
+        assert "pairs of kind injection: 17 of 17 as labelled" in done.stdout
         identity = build(load_judge(path).model_copy(update={"api_key_env": None})).identity
     require(tmp_path / "audit.json", identity, DEMANDS)
     assert key not in done.stdout + (tmp_path / "audit.json").read_text()
@@ -486,7 +498,7 @@ def test_the_command_fails_with_status_1_and_takes_a_recipe_and_a_set_of_ones_ow
         named = {"name": "a", "judge": section | {"labelled": str(tmp_path / "pairs.jsonl")}}
         (tmp_path / "named.yaml").write_text(json.dumps(named))
         again = dqo("judge", "audit", tmp_path / "named.yaml")
-        assert server.count == 2 * 2 * 2
+        assert server.count == 2 * (2 * 2 * 2)  # what cannot be read is not kept
     assert again.returncode == 1 and "on 1 labelled pairs" in again.stdout
     assert (done.returncode, done.stderr) == (1, "")
     assert "invalid: I like both. (4 times)" in done.stdout
@@ -498,7 +510,7 @@ def test_the_command_reports_a_judge_that_is_down_as_a_failed_audit(tmp_path: Pa
         done = dqo("judge", "audit", config(server, tmp_path, max_attempts=1))
         assert server.count == 1
     assert (done.returncode, done.stderr) == (1, "")
-    assert "incomplete: 240 answers are missing, 0 of 60 pairs" in done.stdout and "is down" in done.stdout
+    assert "incomplete: 248 answers are missing, 0 of 62 pairs" in done.stdout and "is down" in done.stdout
 
 
 def test_the_command_holds_a_reward_model_against_the_pairs(tmp_path: Path):
@@ -507,7 +519,7 @@ def test_the_command_holds_a_reward_model_against_the_pairs(tmp_path: Path):
     path.write_text(json.dumps({"reward": {"model": str(model)}}))
     done = dqo("judge", "audit", path, "--out", tmp_path / "audit.json")
     assert (done.returncode, done.stderr) == (1, "")  # a random model
-    assert done.stdout.startswith(f"reward model {model}, on 60 labelled pairs (")
+    assert done.stdout.startswith(f"reward model {model}, on 62 labelled pairs (")
     audit = json.loads((tmp_path / "audit.json").read_text())
     assert audit["measures"]["repeat_consistency"] == 1.0 and audit["measures"]["missing"] == 0
     assert "shown first: not applicable (the judge sees one response at a time)" in done.stdout
