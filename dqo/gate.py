@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 
 from dqo.errors import DQOError
 from dqo.evaluation.catalogue import METRICS
-from dqo.evaluation.statistics import Interval, bootstrap_interval, holm, overlap, paired_difference, paired_p_value
+from dqo.evaluation.statistics import (
+    Interval,
+    bootstrap_interval,
+    holm,
+    none_in,
+    overlap,
+    paired_difference,
+    paired_p_value,
+)
 from dqo.judges import audit as judge_audit
 from dqo.recipe import Gate, GateJudge, Judge, JudgeAudit
 
@@ -86,6 +94,11 @@ def describe(gate: Gate) -> list[str]:
         rules.append(
             f"reach {gate.judge.min_win_rate:g} by {bound}its win rate{kind}, by a judge that has passed its audit and "
             f"has said nothing readable on at most {gate.judge.max_invalid_rate:.0%} of the pairs"
+            + (
+                ""
+                if gate.judge.max_flip_rate is None
+                else f", with both orders alike on {1 - gate.judge.max_flip_rate:.0%}"
+            )
         )
     return rules
 
@@ -220,16 +233,30 @@ def _regressions(gate: Gate, document: Mapping[str, Any], candidate: str) -> lis
     ):
         if bound is None:
             continue
-        difference = _paired(document, candidate, gate.against, name)
-        held = difference.high <= bound
-        outcomes.append(
-            (
-                held,
-                f"{METRICS[name].label} against {gate.against}, paired difference {_signed(difference)}: "
-                f"{'shown' if held else 'not shown'} to rise by at most {bound:g}",
-            )
-        )
+        outcomes.append(_rate(gate, document, candidate, name, bound))
     return outcomes
+
+
+def _rate(gate: Gate, document: Mapping[str, Any], candidate: str, name: str, bound: float) -> Outcome:
+    """Whether a rate has risen by at most so much."""
+    new, old = (_per_prompt(document, model, name) for model in (candidate, gate.against))
+    difference = _paired(document, candidate, gate.against, name)
+    most, without = difference.high, ""
+    known = new - old
+    known = known[~np.isnan(known)]
+    # No bootstrap can see beyond prompts that are all alike: a short evaluation without an event would show anything.
+    if known.size and not known.any():
+        responses = known.size * int(document["n"])
+        most = none_in(responses, float(document.get("confidence", 0.95)))
+        without = (
+            f", alike on all {known.size} prompts (with {responses} responses a rise of up to {most:.2g} may hide)"
+        )
+    held = most <= bound
+    return (
+        held,
+        f"{METRICS[name].label} against {gate.against}, paired difference {_signed(difference)}{without}: "
+        f"{'shown' if held else 'not shown'} to rise by at most {bound:g}",
+    )
 
 
 def _judge(gate: Gate, document: Mapping[str, Any], candidate: str, asked: AskedJudge) -> list[Outcome]:
@@ -310,10 +337,22 @@ def _verdicts(rules: GateJudge, verdicts: Mapping[str, Any], against: str) -> li
             f"the judge's {name} {_show(rate)} against {against}: {what} {'reaches' if held else 'does not reach'} "
             f"{rules.min_win_rate:g}",
         )
+    flips = verdicts.get("flip_rate")
+    steady: list[Outcome] = []
+    if rules.max_flip_rate is not None and flips is not None:  # None: a judge that sees one response at a time
+        few = flips <= rules.max_flip_rate + 1e-12
+        steady.append(
+            (
+                few,
+                f"the judge's two orders disagree on {flips:.1%} of the pairs, "
+                f"{'at most' if few else 'more than'} the allowed {rules.max_flip_rate:.1%}",
+            )
+        )
     share = verdicts["invalid"] / verdicts["pairs"]
     few = share <= rules.max_invalid_rate + 1e-12
     return [
         first,
+        *steady,
         (
             few,
             f"the judge said nothing readable on {verdicts['invalid']} of {verdicts['pairs']} pairs ({share:.1%}), "

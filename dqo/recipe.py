@@ -722,6 +722,9 @@ class GateJudge(_Section):
     """Decide by the win rate at equal lengths; `false` takes the raw one."""
     max_invalid_rate: Share = 0.1
     """Largest share of the pairs on which the judge may say nothing readable."""
+    max_flip_rate: Share | None = 0.5
+    """Largest share of the pairs on which the judge's two orders may disagree: one that looks at places alone makes
+    every pair a tie, which is a win rate of one half. Not asked of a judge that scores."""
 
 
 class Gate(_Section):

@@ -73,7 +73,7 @@ def log_model(run_id: str, checkpoint: Path, name: str, readme: str | None = Non
 
 @in_words("look for the version that was registered before")
 def logged_before(name: str, run_id: str, stage_key: str) -> str | None:
-    """URI of the logged model behind the version that an earlier call has made of a checkpoint; `None` if there is none.
+    """URI of the logged model behind the version that an earlier call has made of a checkpoint, if there is one.
 
     Args:
         name: Registered model.

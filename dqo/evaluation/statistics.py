@@ -106,6 +106,18 @@ def bootstrap_interval(values: Values, draws: int = 2000, confidence: float = 0.
     return Interval(mean, *bca_bounds(drawn, mean, known - mean, confidence))
 
 
+def none_in(count: int, confidence: float = 0.95) -> float:
+    """Largest share of events that is compatible with none in `count` independent cases, in (0, 1).
+
+    Args:
+        count: Cases, at least 1.
+        confidence: Level of the interval of which this is the upper end.
+
+    Source: Clopper and Pearson, 1934: the p at which none in n has the probability (1 - confidence) / 2.
+    """
+    return float(1.0 - ((1.0 - confidence) / 2) ** (1.0 / count))
+
+
 def bca_bounds(
     drawn: NDArray[np.float64], estimate: float, influence: NDArray[np.float64], confidence: float
 ) -> tuple[float, float]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from dqo.evaluation.statistics import CELLS, Interval, Values, bca_bounds, bootstrap_interval, column
+from dqo.evaluation.statistics import CELLS, Interval, Values, bca_bounds, bootstrap_interval, column, none_in
 
 Floats = NDArray[np.float64]
 
@@ -48,7 +48,7 @@ def win_rate(outcomes: Values, draws: int = 2000, confidence: float = 0.95, seed
     values = values[~np.isnan(values)]
     interval = bootstrap_interval(values, draws, confidence, seed)
     if values.size > 1 and np.ptp(values) == 0.0:
-        others = 1.0 - ((1.0 - confidence) / 2) ** (1.0 / values.size)
+        others = none_in(values.size, confidence)
         return Interval(interval.mean, interval.mean * (1 - others), interval.mean + (1 - interval.mean) * others)
     return interval
 

@@ -143,7 +143,7 @@ def paired(new: dict[str, list[float]], old: dict[str, list[float]], **further: 
             metric: {"mean": statistics.fmean(values), "low": None, "high": None} for metric, values in content.items()
         }
         models[name] = {"metrics": means, "per_prompt": content}
-    return {"models": models, "confidence": 0.95, "bootstrap_draws": 4000, "seed": 0} | further
+    return {"models": models, "confidence": 0.95, "bootstrap_draws": 4000, "seed": 0, "n": 8} | further
 
 
 def rules(**fields: Any) -> Gate:
@@ -289,7 +289,31 @@ def test_rates_may_rise_by_the_limit(metric: str, field: str, label: str):
     for limit, holds in ((high + 0.001, True), (high - 0.001, False)):
         held, reason = outcome(rules(**{field: limit}), evaluation, label)
         assert held is holds, reason
-    assert outcome(rules(**{field: 0.0}), paired({metric: [0.0] * 8}, {metric: [0.0] * 8}), label)[0]
+
+
+@pytest.mark.parametrize("field", ["max_truncation_increase", "max_duplicate_increase"])
+def test_no_event_in_a_few_responses_shows_little(field: str):
+    """The largest rate at which 64 responses hold no event in one of 40 evaluations, by the binomial distribution."""
+    metric, label = {"max_t": ("truncation_rate", "Truncated"), "max_d": ("duplicate_rate", "Duplicates")}[field[:5]]
+    most = next(p for p in np.arange(0.04, 0.08, 1e-5) if stats.binom.cdf(0, 64, p) <= 0.025)
+    for rate in (0.0, 0.5):
+        evaluation = paired({metric: [rate] * 8}, {metric: [rate] * 8})
+        assert outcome(rules(**{field: most + 1e-4}), evaluation, label)[0]
+        held, reason = outcome(rules(**{field: most - 1e-4}), evaluation, label)
+        assert not held and "alike on all 8 prompts (with 64 responses a rise of up to 0.056 may hide)" in reason
+
+
+def test_a_rare_event_is_hardly_ever_shown_to_be_rarer_than_it_is():
+    """Responses of which 1 in 200 is truncated, 8 for each of 48 prompts, against none: the limit is the true rate."""
+    rng = np.random.default_rng(0)
+    shown = 0
+    for _ in range(200):
+        rates = list(rng.binomial(8, 0.005, size=48) / 8)
+        evaluation = paired({"truncation_rate": rates}, {"truncation_rate": [0.0] * 48}, bootstrap_draws=300)
+        evaluation["models"]["dqo"]["per_prompt"] |= {"log_volume": [1.0] * 48, "quality": [0.5] * 48}
+        evaluation["models"]["reward_only"]["per_prompt"] |= {"log_volume": [1.0] * 48, "quality": [0.5] * 48}
+        shown += outcome(rules(max_truncation_increase=0.005), evaluation, "Truncated")[0]
+    assert shown <= 12  # 5 expected, and 32 where no event was taken for proof of none
 
 
 def test_an_evaluation_without_the_values_of_each_prompt_is_named():
@@ -308,7 +332,7 @@ def judged(**changed: Any) -> dict[str, Any]:
     verdicts = {
         "win_rate": {"mean": 0.6, "low": 0.52, "high": 0.68},
         "length_controlled": {"mean": 0.55, "low": 0.46, "high": 0.64},
-        "not_length_controlled": "", "pairs": 100, "invalid": 4, "missing": 0,
+        "not_length_controlled": "", "pairs": 100, "invalid": 4, "missing": 0, "flip_rate": 0.3,
     }  # fmt: skip
     part = {
         "complete": True, "reason": None, "against": "reward_only", "models": {"dqo": verdicts},
@@ -337,6 +361,12 @@ def judgement(gate: GateJudge | None, part: dict[str, Any]) -> GateResult:
         ({"length_controlled": False}, True, "the judge's win rate 0.600 [0.520, 0.680] against reward_only"),
         ({"length_controlled": False, "min_win_rate": 0.53}, False, "does not reach 0.53"),
         ({"min_win_rate": 0.4, "max_invalid_rate": 0.04}, True, "4 of 100 pairs (4.0%), at most the allowed 4.0%"),
+        (
+            {"min_win_rate": 0.4, "max_flip_rate": 0.3},
+            True,
+            "disagree on 30.0% of the pairs, at most the allowed",
+        ),
+        ({"min_win_rate": 0.4, "max_flip_rate": 0.2}, False, "disagree on 30.0% of the pairs, more than the allowed"),
         ({"min_win_rate": 0.4, "max_invalid_rate": 0.03}, False, "4 of 100 pairs (4.0%), more than the allowed 3.0%"),
     ],
 )

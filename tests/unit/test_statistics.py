@@ -78,7 +78,7 @@ def test_settings_out_of_range_are_refused(draws, confidence):
 
 def test_coverage_for_rare_events():
     # A tenth of the responses truncated, say: the values are 0 or 1.
-    assert 0.92 <= coverage(lambda rng: (rng.random(48) < 0.1).astype(float), 0.1) <= 0.98
+    assert 0.93 <= coverage(lambda rng: (rng.random(48) < 0.1).astype(float), 0.1) <= 0.97
 
 
 @pytest.mark.parametrize(("confidence", "z"), [(0.68, 0.9945), (0.95, 1.9600), (0.99, 2.5758)])
