@@ -349,8 +349,18 @@ def _mark(client: "MlflowClient", name: str, event: Event) -> None:
     """Say on the version's own page how it became champion; writing it twice changes nothing."""
     if event.alias != CHAMPION or event.version is None:
         return
-    tags = {"promoted_at": event.at, "promoted_by": event.by, "promoted_how": event.action}
-    tags |= {"promoted_why": event.why} if event.why else {}
-    tags |= {"previous_champion": event.origin} if event.origin is not None else {}
+    tags = {
+        "promoted_at": event.at,
+        "promoted_by": event.by,
+        "promoted_how": event.action,
+        "promoted_by_force": "true" if event.forced else None,
+        "promoted_why": event.why or None,
+        "promoted_report": event.gate.get("report"),
+        "previous_champion": event.origin,
+    }
+    held = client.get_model_version(name, event.version).tags
     for key, value in tags.items():
-        client.set_model_version_tag(name, event.version, key, value)
+        if value is not None:
+            client.set_model_version_tag(name, event.version, key, value)
+        elif key in held:  # of an earlier move, whose reason is not this one's
+            client.delete_model_version_tag(name, event.version, key)

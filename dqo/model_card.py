@@ -194,7 +194,8 @@ def _loading(recipe: Recipe, card: CheckpointCard, base: str | None) -> str:
     download = (
         "```python\n"
         "import mlflow  # MLFLOW_TRACKING_URI names the server\n\n"
-        f'folder = mlflow.artifacts.download_artifacts("models:/{name}@champion") + "/artifacts/checkpoint"\n'
+        f'version = "models:/{name}/VERSION"  # the version that this card came with\n'
+        'folder = mlflow.artifacts.download_artifacts(version) + "/artifacts/checkpoint"\n'
         "```"
     )
     if card.weights != "adapter":

@@ -344,6 +344,12 @@ def _not_comparable(models: Sequence[Evaluated]) -> tuple[dict[str, str], list[s
         if any(getattr(one, what) != getattr(known[0], what) for one in known):
             left_out |= {metric: reason for metric in affected if metric not in left_out}
             warnings.append(f"{reason}: not compared on {', '.join(affected)}")
+    digests = {model.data_digest for model in models if model.data_digest is not None}
+    if len(digests) > 1 and "quality" not in left_out:
+        warnings.append(
+            f"the data sets differ ({', '.join(sorted(one[:8] for one in digests))}): where references or answers of "
+            "the common prompts were changed, their qualities are not of one measure"
+        )
     if any(one.sampling != known[0].sampling for one in known):
         warnings.append("responses were sampled with different settings (evaluation.sampling), which moves diversity")
     unknown = [model.label for model in models if model.conditions is None]

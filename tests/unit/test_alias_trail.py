@@ -120,9 +120,21 @@ def test_a_move_leaves_who_when_from_where_and_why(client: mlflow.MlflowClient, 
     tags = client.get_model_version(name, "2").tags
     assert tags == {"promoted_at": second.event.at, "promoted_by": "ada", "promoted_how": "promote",
                     "previous_champion": "1"}  # fmt: skip
+    # A version that comes back says how it did this time, with nothing of the time before.
+    back = alias_trail.move(client, name, alias_trail.new("champion", "rollback"), to("1"))
+    assert client.get_model_version(name, "1").tags == {
+        "promoted_at": back.event.at, "promoted_by": "ada", "promoted_how": "rollback", "previous_champion": "2",
+    }  # fmt: skip
+    report = {"passed": False, "report": "runs:/r/promotion/e.json"}
+    forced = alias_trail.new("champion", "promote", "to be sure", True, report)
+    forced = alias_trail.move(client, name, forced, to("2")).event
+    assert client.get_model_version(name, "2").tags == {
+        "promoted_at": forced.at, "promoted_by": "ada", "promoted_how": "promote", "promoted_by_force": "true",
+        "promoted_why": "to be sure", "promoted_report": "runs:/r/promotion/e.json", "previous_champion": "1",
+    }  # fmt: skip
     # Where the alias is already there is nothing to tell.
     assert alias_trail.move(client, name, alias_trail.new("champion", "promote"), to("2")).event is None
-    assert len(trail(client, name)) == 2
+    assert len(trail(client, name)) == 4
 
 
 def test_what_cannot_be_decided_leaves_nothing(client: mlflow.MlflowClient):

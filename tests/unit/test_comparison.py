@@ -114,6 +114,13 @@ def test_other_conditions_are_left_out_or_said(changed, gone, said):
     Page(comparison_report.render(result))
 
 
+def test_other_data_with_the_same_prompts_are_said():
+    first, second = (replace(one, data_digest="a" * 64) for one in models({"sft": 0.0, "dqo": 0.3}))
+    assert compare([first, second]).warnings == []
+    (said,) = compare([first, replace(second, data_digest="b" * 64)]).warnings
+    assert said.startswith("the data sets differ (aaaaaaaa, bbbbbbbb)")
+
+
 def test_conditions_that_are_not_known_are_said():
     first, second = models({"sft": 0.0, "dqo": 0.3})
     result = compare([first, replace(second, conditions=None)])

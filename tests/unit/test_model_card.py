@@ -39,7 +39,7 @@ def test_a_reader_is_told_figures_gate_training_and_how_to_load():
     assert "Not passed:\n\n- quality is below" in text
     assert "| alpha (nats to quality), k | 1.5, 4 |" in text and "3 of SFT" not in text
     assert "| reward | rule |" in text  # `auto`, resolved
-    assert "quantised to 4 bits" in text and "models:/stories@champion" in text
+    assert "quantised to 4 bits" in text and "models:/stories/VERSION" in text
     for block in text.split("```python\n")[1:]:
         compile(block.split("```")[0], "card", "exec")
 
