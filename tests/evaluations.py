@@ -5,8 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 
+from dqo import tracking
 from dqo.evaluation.catalogue import METRICS
 
 RECIPE = """\
@@ -63,3 +65,60 @@ def write(
     if recipe is not None:
         (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
     return folder
+
+
+class Store:
+    """MLflow as `dqo run` leaves it, with two evaluated pipeline runs and one that has not been evaluated.
+
+    Args:
+        out: Folder for the evaluations, and for MLflow where no server is named.
+        prompts: Ids of the prompts of the first run; the second one answered all but the first five.
+        uri: A server.
+        models: Name of the registered model whose versions 1 and 2 are the two runs'; version 3 is nobody's.
+    """
+
+    def __init__(self, out: Path, prompts: Sequence[str], uri: str | None = None, models: str = "stories") -> None:
+        self.out, self.uri, self.models = out, uri or tracking.default_uri(out), models
+        mlflow.set_tracking_uri(self.uri)
+        mlflow.set_registry_uri(self.uri)
+        self.client = mlflow.MlflowClient()
+        location = None if uri else (out / "mlflow-artifacts").as_uri()
+        self.experiment = self.client.create_experiment(f"{models} tests", artifact_location=location)
+        self.runs: dict[str, str] = {}
+        self.pipeline("first", {"base": -0.3, "sft": -0.1, "reward_only": 0.0, "dqo": 0.3}, prompts)
+        self.pipeline("second", {"base": -0.3, "sft": -0.1, "dqo": 0.5}, prompts[5:])
+        self.run("unfinished", "pipeline", None, name="unfinished")
+        self.run("unfinished sft", "sft", self.runs["unfinished"], name="sft")
+        self.run("grid", "experiment", None, name="a grid")
+        self.client.create_registered_model(models)
+        self.version(self.runs["first rl-dqo"], {})
+        self.version(None, {"dqo.pipeline_mlflow_run": self.runs["second"]})
+        self.version(None, {})
+        self.client.set_registered_model_alias(models, "champion", "1")
+
+    def run(self, key: str, stage: str, parent: str | None, name: str) -> str:
+        tags = {tracking.STAGE_TAG: stage, "dqo.name": name} | ({tracking.PARENT_TAG: parent} if parent else {})
+        run_id = self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id
+        self.client.set_terminated(run_id)
+        self.runs[key] = run_id
+        return run_id
+
+    def pipeline(self, name: str, shifts: dict[str, float], prompts: Sequence[str]) -> None:
+        parent = self.run(name, "pipeline", None, name=name)
+        self.client.log_text(parent, RECIPE, "recipe.yaml")
+        self.run(f"{name} sft", "sft", parent, name="sft")
+        for variant in set(shifts) - {"base", "sft"}:
+            self.run(f"{name} rl-{variant}", "rl", parent, name=f"rl-{variant}")
+        self.run(f"{name} base", "model", parent, name="base")
+        evaluate = self.run(f"{name} evaluate", "evaluate", parent, name="evaluate")
+        folder = write(self.out / f"{name}-0123", *evaluation(shifts, prompts))
+        result = {"mlflow_uri": self.uri, "mlflow_experiment": self.experiment, "mlflow_run": parent}
+        (folder / "result.json").write_text(json.dumps(result))
+        for file in ("evaluation.json", "responses.jsonl"):
+            self.client.log_artifact(evaluate, str(folder / file), "evaluation")
+
+    def version(self, run_id: str | None, tags: dict[str, str]) -> None:
+        self.client.create_model_version(self.models, "s3://nowhere/model", run_id, tags=tags)
+
+    def comparisons(self) -> list[mlflow.entities.Run]:
+        return self.client.search_runs([self.experiment], "tags.`dqo.stage` = 'compare'")

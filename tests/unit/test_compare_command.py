@@ -8,10 +8,9 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from evaluations import RECIPE, evaluation, write
+from evaluations import RECIPE, Store, evaluation, write
 from html_page import Page
 
-from dqo import tracking
 from dqo.errors import DQOError
 from dqo.evaluation import comparison_sources
 from pipelines import cli, compare
@@ -19,59 +18,9 @@ from pipelines import cli, compare
 PROMPTS = [f"p{i:02d}" for i in range(20)]
 
 
-class Store:
-    """A folder as `dqo run` leaves it, with two pipeline runs, and one that has not been evaluated."""
-
-    def __init__(self, out: Path) -> None:
-        self.out, self.uri = out, tracking.default_uri(out)
-        mlflow.set_tracking_uri(self.uri)
-        mlflow.set_registry_uri(self.uri)
-        self.client = mlflow.MlflowClient()
-        location = (out / "mlflow-artifacts").as_uri()
-        self.experiment = self.client.create_experiment("tests", artifact_location=location)
-        self.runs: dict[str, str] = {}
-        self.pipeline("first", {"base": -0.3, "sft": -0.1, "reward_only": 0.0, "dqo": 0.3}, PROMPTS)
-        self.pipeline("second", {"base": -0.3, "sft": -0.1, "dqo": 0.5}, PROMPTS[5:])
-        self.run("unfinished", "pipeline", None, name="unfinished")
-        self.run("unfinished sft", "sft", self.runs["unfinished"], name="sft")
-        self.run("grid", "experiment", None, name="a grid")
-        self.client.create_registered_model("stories")
-        self.version(self.runs["first rl-dqo"], {})
-        self.version(None, {"dqo.pipeline_mlflow_run": self.runs["second"]})
-        self.version(None, {})
-        self.client.set_registered_model_alias("stories", "champion", "1")
-
-    def run(self, key: str, stage: str, parent: str | None, name: str) -> str:
-        tags = {tracking.STAGE_TAG: stage, "dqo.name": name} | ({tracking.PARENT_TAG: parent} if parent else {})
-        run_id = self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id
-        self.client.set_terminated(run_id)
-        self.runs[key] = run_id
-        return run_id
-
-    def pipeline(self, name: str, shifts: dict[str, float], prompts: list[str]) -> None:
-        parent = self.run(name, "pipeline", None, name=name)
-        self.client.log_text(parent, RECIPE, "recipe.yaml")
-        self.run(f"{name} sft", "sft", parent, name="sft")
-        for variant in set(shifts) - {"base", "sft"}:
-            self.run(f"{name} rl-{variant}", "rl", parent, name=f"rl-{variant}")
-        self.run(f"{name} base", "model", parent, name="base")
-        evaluate = self.run(f"{name} evaluate", "evaluate", parent, name="evaluate")
-        folder = write(self.out / f"{name}-0123", *evaluation(shifts, prompts))
-        result = {"mlflow_uri": self.uri, "mlflow_experiment": self.experiment, "mlflow_run": parent}
-        (folder / "result.json").write_text(json.dumps(result))
-        for file in ("evaluation.json", "responses.jsonl"):
-            self.client.log_artifact(evaluate, str(folder / file), "evaluation")
-
-    def version(self, run_id: str | None, tags: dict[str, str]) -> None:
-        self.client.create_model_version("stories", "file:///nowhere", run_id, tags=tags)
-
-    def comparisons(self) -> list[mlflow.entities.Run]:
-        return self.client.search_runs([self.experiment], "tags.`dqo.stage` = 'compare'")
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return Store(tmp_path_factory.mktemp("runs"))
+    return Store(tmp_path_factory.mktemp("runs"), PROMPTS)
 
 
 def keys(store: Store, *given: str) -> list[tuple[str, str, str | None]]:
