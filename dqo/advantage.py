@@ -24,13 +24,13 @@ alone; `decoupled` moves it by alpha times the group's mean bonus less c, which 
 Members that earn no bonus (`dqo.defences`) are treated in one of two ways (`unearned`). With D_k the volume of the
 members that earn, where each earns or not by what it is itself:
 
+- `zero` (default): their bonus is 0, in every mean and against every baseline. b_i = D_k - D_{-i} holds for them too,
+  so the table holds whole [derived, checked by enumeration]. A member that earns adds at least log(1 + 1/k) to the
+  volume, so that to earn is never worse than not to.
 - `apart`: they take no part in the bonus' means, and their advantage is the quality part alone. The table then holds
   among those that earn, and not for the chance to earn, which `decoupled` moves by alpha (b_i - c): up where few of a
-  group earn and are therefore worth much (a single one log 2), down where many do and are alike. Where few responses
-  of a group can be right, that pushes right ones away.
-- `zero`: their bonus is 0, in every mean and against every baseline. b_i = D_k - D_{-i} holds for them too, so the
-  table holds whole [derived, checked by enumeration]. A member that earns adds at least log(1 + 1/k) to the volume, so
-  that to earn is never worse than not to.
+  group earn and are therefore worth much (a single one log 2), down where many do and are alike. So it may pay to fail
+  a condition, and where few responses of a group can be right, right ones are pushed away.
 
 Dividing the quality part by a standard deviation (`quality_scale`) makes it a heuristic, as in GRPO, in every form. The
 bonus is never divided: alpha would cancel where qualities tie, and differences of 1e-4 would become advantages of 1.
@@ -52,7 +52,7 @@ def group_advantages(
     quality_scale: Literal["none", "group", "batch"] = "none",
     middle: float | None = None,
     earns: Tensor | None = None,
-    unearned: Literal["apart", "zero"] = "apart",
+    unearned: Literal["zero", "apart"] = "zero",
 ) -> Tensor:
     r"""Advantage of every response from its reward and its leave-one-out bonus.
 
@@ -71,8 +71,8 @@ def group_advantages(
         middle: A constant near the middle of the bonus's range; `None` takes that of the log-volume's,
             `[log(1 + 1/k), log 2]`.
         earns: Members that earn a bonus, boolean, shape `(groups, k)`; `None` lets all scored ones.
-        unearned: What the other scored members get: `apart`, the quality part alone; `zero`, a bonus of 0, which counts
-            in the means and is held against the baseline. See the module.
+        unearned: What the other scored members get: `zero`, a bonus of 0, which counts in the means and is held against
+            the baseline; `apart`, the quality part alone. See the module.
 
     Returns:
         Shape `(groups, k)`, in the units of the reward (`quality_scale="none"`). No gradient is stopped.

@@ -152,9 +152,10 @@ class Defences(_Section):
     """Longer responses earn none; `null` asks for nothing."""
     min_prompt_similarity: Annotated[float, Field(gt=-1.0, le=1.0)] | None = None
     """Cosine similarity of prompt and response that has to be reached; `null` asks for none."""
-    unearned: Literal["apart", "zero"] = "apart"
-    """What a response that earns none gets: `apart`, the advantage of its quality alone; `zero`, a bonus of 0, held
-    against the baseline like every other, so that to earn one is never worse than not to (docs/method.md)."""
+    unearned: Literal["zero", "apart"] = "zero"
+    """What a response that earns none gets: `zero`, a bonus of 0, held against the baseline like every other, so that
+    to earn one is never worse than not to; `apart`, the advantage of its quality alone, which may pay more
+    (docs/method.md)."""
     embed: Literal["response", "through_answer", "answer"] = "response"
     """What of a response is embedded in training: all of it, what stands up to the end of its answer, or the answer
     alone; where no answer is found, no bonus is earned. Evaluation always embeds the whole response."""

@@ -58,9 +58,9 @@ class DQOConfig(GRPOConfig):
     min_prompt_similarity: float | None = field(
         default=None, metadata={"help": "Cosine similarity of prompt and response below which no bonus is earned."}
     )
-    unearned: Literal["apart", "zero"] = field(
-        default="apart",
-        metadata={"help": "What earns no bonus gets: its quality alone, or a bonus of 0; dqo.advantage."},
+    unearned: Literal["zero", "apart"] = field(
+        default="zero",
+        metadata={"help": "What earns no bonus gets: a bonus of 0, or its quality alone; dqo.advantage."},
     )
     distinct_threshold: float = field(
         default=0.7, metadata={"help": "Cosine similarity of equal meaning, of distinct."}

@@ -5,6 +5,7 @@ seeds: how far other prompts would move it, given these training runs. How far o
 range of the seeds' means, where there are several.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -105,6 +106,7 @@ def _section(
     for line in [*starts, *lines]:
         text.append("| " + " | ".join([line.title, *(_cell(line, metric) for metric in _SHOWN)]) + " |")
     text.append("")
+    text += _mixed_starts(lines)
     if missing or absent:
         unfinished = [f"{line.title} ({len(line.rows)} of {line.planned} seeds)" for line in missing]
         text += [f"Not finished: {', '.join([*unfinished, *sorted(absent)])}.", ""]
@@ -135,6 +137,22 @@ def _start(lines: Sequence[Line], model: str, title: str) -> Line:
     """The base or SFT model, a row a seed."""
     by_seed = {row["seed"]: row for line in lines for row in line.rows}
     return Line(title, model, {}, list(by_seed.values()), len(by_seed), model)
+
+
+def _mixed_starts(lines: Sequence[Line]) -> list[str]:
+    """Says of which seeds the runs began from different SFT checkpoints: one SFT model says one thing at one seed."""
+    said: dict[tuple[int, float | None], set[str]] = {}
+    for row in (row for line in lines for row in line.rows):
+        spoken = json.dumps(row["models"]["sft"], sort_keys=True)
+        said.setdefault((row["seed"], row.get("temperature")), set()).add(spoken)
+    mixed = sorted({seed for (seed, _), spoken in said.items() if len(spoken) > 1})
+    if not mixed:
+        return []
+    return [
+        f"Not all runs of seed {', '.join(map(str, mixed))} began from the same SFT checkpoint: their differences hold "
+        "that of the checkpoints too.",
+        "",
+    ]
 
 
 def _cell(line: Line, metric: str) -> str:
@@ -269,11 +287,17 @@ def _provenance(rows: Sequence[dict[str, Any]]) -> list[str]:
     if not rows:
         return []
     hours = sum(row["seconds"] for row in rows) / 3600
+    counts = {row["task"]: row["prompts"] for row in rows}
+    prompts = (
+        str(rows[0]["prompts"])
+        if len(set(counts.values())) == 1
+        else f"{', '.join(f'{count} ({task})' for task, count in sorted(counts.items()))}"
+    )
     machines, libraries = (", ".join(sorted({row[name] for row in rows})) for name in ("machine", "library"))
     return [
         "## Where the numbers are from",
         "",
-        f"{rows[0]['prompts']} evaluation prompts and {rows[0]['n']} responses each. {hours:.1f} hours of runs on "
+        f"{prompts} evaluation prompts and {rows[0]['n']} responses each. {hours:.1f} hours of runs on "
         f"{machines}, which did other work at the same time; at most {max(row['memory_gib'] for row in rows):.1f} GiB. "
         f"Library: {libraries} (version and digest of its source). The rows and all responses lie beside the results.",
         "",

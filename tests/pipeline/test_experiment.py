@@ -112,6 +112,11 @@ def test_kept_results_are_those_of_the_shipped_experiment():
         assert (row["seed"], row["task"], row["n"]) == (recipe.seed, recipe.task, recipe.evaluation.n)
         assert (row["method"]["alpha"], row["method"]["k"]) == (recipe.method.alpha, recipe.method.k)
         assert len(row["history"]) == recipe.rl.steps
+        if recipe.method.defences.conditional and recipe.method.alpha > 0:
+            trained = row["method"]["defences"]
+            assert {name: trained[name] for name in ("min_quality", "unearned")} == {
+                "min_quality": recipe.method.defences.min_quality, "unearned": recipe.method.defences.unearned,
+            }  # fmt: skip
 
 
 def test_a_damaged_results_file_is_named(tmp_path):

@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,11 +66,11 @@ def test_a_similarity_that_is_asked_for_must_be_given():
 
 
 @pytest.mark.parametrize("form", ["paper", "centred", "decoupled"])
-def test_who_earns_none_keeps_the_advantage_of_quality_and_moves_nobody(form: str):
+def test_who_earns_none_may_keep_the_advantage_of_quality_and_move_nobody(form: str):
     draw = torch.Generator().manual_seed(0)
     rewards, bonus = torch.rand(3, 5, generator=draw), torch.rand(3, 5, generator=draw)
     earns = torch.tensor([[1, 1, 0, 1, 1], [1, 0, 0, 1, 1], [0, 0, 0, 0, 0]]).bool()
-    got = group_advantages(rewards, bonus, 0.7, form, earns=earns)
+    got = group_advantages(rewards, bonus, 0.7, form, earns=earns, unearned="apart")
     plain = group_advantages(rewards, torch.zeros_like(bonus), 0.0, form)
     for g, i in itertools.product(range(3), range(5)):
         expected = plain[g, i].item()
@@ -82,12 +83,12 @@ def test_who_earns_none_keeps_the_advantage_of_quality_and_moves_nobody(form: st
 
 
 @pytest.mark.parametrize("form", ["paper", "centred", "decoupled"])
-def test_who_earns_none_may_have_a_bonus_of_zero_like_any_other(form: str):
+def test_who_earns_none_has_a_bonus_of_zero_like_any_other(form: str):
     draw = torch.Generator().manual_seed(0)
     rewards, bonus = torch.rand(3, 5, generator=draw), torch.rand(3, 5, generator=draw)
     rewards[0, 1] = torch.nan
     earns = torch.tensor([[1, 1, 0, 1, 1], [1, 0, 0, 1, 1], [0, 0, 0, 0, 0]]).bool()
-    got = group_advantages(rewards, bonus, 0.7, form, earns=earns, unearned="zero")
+    got = group_advantages(rewards, bonus, 0.7, form, earns=earns)
     scored = ~rewards.isnan()
     assert torch.equal(got, group_advantages(rewards, bonus.where(earns, 0.0), 0.7, form, earns=scored))
     assert got[0, 1] == 0.0
@@ -101,7 +102,18 @@ GOOD = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
 CHANCE = torch.full((5,), 0.2, dtype=torch.float64)
 
 
-def drift_to_gibberish(defences: Defences, rewards: Tensor = GOOD, alpha: float = 4.0, k: int = 3) -> float:
+FLAT = torch.ones(5, dtype=torch.float64)
+"""A reward that does not see the hack."""
+
+
+def drift_to_gibberish(
+    defences: Defences,
+    rewards: Tensor = GOOD,
+    alpha: float = 4.0,
+    k: int = 3,
+    form: str = "decoupled",
+    unearned: str = "zero",
+) -> float:
     """Expected change of the log-odds of gibberish by one step of the policy gradient, over all groups of k answers."""
     gradient = torch.zeros(5, dtype=torch.float64)
     similarity = EMBEDDINGS @ EMBEDDINGS[0]  # the prompt is about what the good answers say
@@ -112,35 +124,49 @@ def drift_to_gibberish(defences: Defences, rewards: Tensor = GOOD, alpha: float 
         tokens = torch.where(cut, 40, 10)
         earning = earns(defences, r, cut, tokens, similarity[rows][None])
         bonus = leave_one_out_bonus(EMBEDDINGS[rows][None], earning)
-        advantages = group_advantages(r, bonus, alpha, "decoupled", earns=earning)[0]
+        advantages = group_advantages(r, bonus, alpha, form, earns=earning, unearned=unearned)[0]
         scores = torch.eye(5, dtype=torch.float64)[rows] - CHANCE  # gradient of log softmax
         gradient += CHANCE[rows].prod() * (advantages[:, None] * scores).sum(0)
     return (gradient[3:].sum() - gradient[:3].sum()).item()
 
 
-def test_without_a_defence_gibberish_pays():
-    assert drift_to_gibberish(Defences()) > 0
+FORMS = ("paper", "centred", "decoupled")
+SEE_GIBBERISH = {
+    "truncation": {"drop_truncated": True},
+    "length": {"max_tokens": 20},
+    "similarity": {"min_prompt_similarity": 0.5},
+}
 
 
-@pytest.mark.parametrize(
-    "defences",
-    [
-        Defences(min_quality=0.5),
-        Defences(drop_truncated=True),
-        Defences(max_tokens=20),
-        Defences(min_prompt_similarity=0.5),
-    ],
-    ids=["quality", "truncation", "length", "similarity"],
-)
-def test_with_a_defence_gibberish_does_not_pay(defences: Defences):
-    assert drift_to_gibberish(defences) < 0
+@pytest.mark.parametrize("form", FORMS)
+def test_without_a_defence_gibberish_pays(form: str):
+    assert drift_to_gibberish(Defences(), FLAT, form=form) > 0
+    assert drift_to_gibberish(Defences(), alpha=20.0, form=form) > 0  # whatever the reward says of it
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("fields", [{"min_quality": 0.5}, *SEE_GIBBERISH.values()], ids=["quality", *SEE_GIBBERISH])
+def test_with_a_defence_gibberish_does_not_pay(fields: dict[str, Any], form: str):
+    assert drift_to_gibberish(Defences(**fields), form=form) < 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("alpha", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("fields", SEE_GIBBERISH.values(), ids=SEE_GIBBERISH)
+def test_nor_where_the_reward_does_not_see_it(fields: dict[str, Any], alpha: float, form: str):
+    assert drift_to_gibberish(Defences(**fields), FLAT, alpha, form=form) < 0
+
+
+def test_what_stands_apart_may_pay_all_the_same():
+    """The reason for a bonus of zero: a response that earns none is spared the baseline that the others are held to."""
+    assert drift_to_gibberish(Defences(max_tokens=20), FLAT, unearned="apart") > 0
 
 
 def test_a_group_of_wrong_answers_does_not_learn_to_differ():
     """Where nothing is right, the policy drifts to whatever is unlike the rest, unless the group's gate is shut."""
     wrong = torch.zeros(5, dtype=torch.float64)
     assert drift_to_gibberish(Defences(), wrong) > 0
-    assert drift_to_gibberish(Defences(min_quality=0.5, quality_gate="group"), wrong) == 0
+    assert drift_to_gibberish(Defences(min_quality=0.5, quality_gate="group"), wrong) == pytest.approx(0, abs=1e-12)
 
 
 def stated(response: str) -> tuple[int, int] | None:

@@ -534,7 +534,7 @@ def test_defaults_are_filled_in_and_survive_the_round_trip():
             "drop_truncated": False,
             "max_tokens": None,
             "min_prompt_similarity": None,
-            "unearned": "apart",
+            "unearned": "zero",
             "embed": "response",
             "strip_reasoning": False,
         },

@@ -9,7 +9,7 @@ import pytest
 from dqo.evaluation.catalogue import METRICS
 from dqo.recipe import parse
 from pipelines.grid import Cell, Experiment, Results
-from pipelines.results import write_page
+from pipelines.results import _provenance, write_page
 
 PROMPTS, N = 12, 4
 EXPERIMENT = Experiment.model_validate(
@@ -101,6 +101,29 @@ def test_what_is_missing_is_said(page):
     assert "9 of 12 runs are finished" in text
     assert "Not finished: vendi (1 of 3 seeds)." in text
     assert text.split("## Later")[1].strip().startswith("Not run yet (1 runs).")
+
+
+def test_runs_that_began_from_different_checkpoints_are_said(page, tmp_path):
+    assert "the same SFT checkpoint" not in page[0]
+    results = Results(tmp_path / "mixed", "grid")
+    cells = [cell("methods", run, seed) for seed in range(2) for run in ("reward-only", "dqo")]
+    for one in cells:
+        result, responses = row(one, 0.1)
+        if (one.run, one.seed) == ("dqo", 1):
+            result["models"]["sft"]["quality"][0] += 0.01
+        results.add(result, responses)
+    write_page(EXPERIMENT, cells, results, tmp_path / "mixed.md")
+    assert "Not all runs of seed 1 began from the same SFT checkpoint" in (tmp_path / "mixed.md").read_text()
+
+
+def test_prompts_are_counted_for_each_task(tmp_path):
+    results = Results(tmp_path / "results", "grid")
+    cells = [cell("methods", "dqo", seed) for seed in range(2)]
+    for one, task in zip(cells, ("story", "reasoning"), strict=True):
+        result, responses = row(one, 0.1, task)
+        results.add(result | {"prompts": {"story": 12, "reasoning": 9}[task]}, responses)
+    text = "\n".join(_provenance(list(results.rows().values())))
+    assert "9 (reasoning), 12 (story) evaluation prompts and 4 responses each" in text
 
 
 def test_pictures_are_those_of_the_parts(page):
