@@ -8,8 +8,12 @@ how far it differs between the members, beside how far their qualities do.
     share(alpha) = alpha s_b / s_q,                           alpha(share) = share s_q / s_b              [ours]
 
 with Bessel's correction, over members that count, and the quality advantage as `dqo.advantage` computes it (so that
-`method.quality_scale` is in it). The share is that of the first step: as training raises the quality, its spread
-shrinks and the same alpha weighs more.
+`method.quality_scale` is in it). What counts for the bonus is what does in the advantage: under `unearned: zero` every
+response with a reward, with a bonus of 0 where it earns none; under `apart` those that earn one. The share is that of
+the first step: as training raises the quality, its spread shrinks and the same alpha weighs more.
+
+Where `method.defences` keep responses from earning, the recipe's score is also measured as if all of them did
+(`Calibration.ungated`): an untrained policy may reach no `min_quality` at all, and SFT comes before RL.
 
     result = calibrate(load("recipes/quickstart.yaml"))
     print(result.balanced_alpha, *result.reasoning, sep="\n")
@@ -201,6 +205,8 @@ class Calibration:
             `method.quality_scale` divides it.
         unscorable: Share of responses without a reward.
         no_bonus: Share of responses that earn none, by `method.defences` or for want of a reward.
+        ungated: The recipe's score as it would be if every response with a reward, and with something to embed, earned
+            its bonus; `None` where they do.
         tied_groups: Share of groups whose rewards are all equal.
         tied_pairs: Share of pairs within groups whose rewards are equal.
         scores: Every group score; the recipe's is first.
@@ -229,6 +235,7 @@ class Calibration:
     tied_groups: float
     tied_pairs: float
     scores: list[ScoreCalibration]
+    ungated: ScoreCalibration | None
     lengths: Lengths
     encoder_cut: float
     encoder: EncoderCheck
@@ -356,8 +363,19 @@ def calibrate(
         rewards, torch.zeros_like(rewards), 0.0, method.advantage, method.quality_scale, earns=earns
     )
     advantage_std = spread(advantage, scored).std
-    group = Group(embeddings, earns, torch.cat(likelihoods))
-    scores, bonuses = _scores(recipe, group, rewards, advantage_std, share)
+    likelihood = torch.cat(likelihoods)
+    counted = earns if method.defences.unearned == "apart" else scored
+    names = list(get_args(Method.model_fields["score"].annotation))
+    names.sort(key=lambda name: name != method.score)  # the recipe's first, the others as they are
+    measured = [
+        _score(name, method, Group(embeddings, earns, likelihood), counted, rewards, advantage_std, share)
+        for name in names
+    ]
+    bonuses = measured[0][1]
+    ungated, able = None, scored & ~failed["no_answer"]
+    if not torch.equal(earns, able):
+        everyone = Group(embeddings, able, likelihood)
+        ungated, _ = _score(method.score, method, everyone, able, rewards, advantage_std, share)
 
     tell("checking the encoder")
     tied_groups, tied_pairs = ties(rewards)
@@ -379,7 +397,8 @@ def calibrate(
         no_bonus=1 - earns.double().mean().item(),
         tied_groups=tied_groups,
         tied_pairs=tied_pairs,
-        scores=scores,
+        scores=[one for one, _ in measured],
+        ungated=ungated,
         lengths=Lengths(
             mean=float(tokens.mean()),
             median=float(np.median(tokens)),
@@ -412,8 +431,10 @@ def calibrate(
         ],
     )
     result.reasoning.extend(_reasoning(result, recipe))
-    result.problems.extend(_problems(result))
-    result.remarks.extend(_remarks(result, recipe, prompts))
+    # What the base model does not earn, it may after SFT, which comes before RL.
+    unreached = checkpoint is None and result.no_bonus == 1 and ungated is not None and _differs(ungated.bonus)
+    result.problems.extend(_problems(result, unreached))
+    result.remarks.extend(_remarks(result, recipe, prompts, unreached))
     return result
 
 
@@ -457,35 +478,38 @@ def ties(rewards: Tensor) -> tuple[float, float]:
     return equal_groups / len(rewards), equal_pairs / pairs if pairs else math.nan
 
 
-def _scores(
-    recipe: Recipe, group: Group, rewards: Tensor, quality_std: float, share: float
-) -> tuple[list[ScoreCalibration], Tensor]:
-    """Every score on the same groups, the recipe's first, and the bonuses of that one.
+def _score(
+    name: str, method: Method, group: Group, counted: Tensor, rewards: Tensor, quality_std: float, share: float
+) -> tuple[ScoreCalibration, Tensor]:
+    """One score on the sampled groups, and its bonuses, which are 0 outside the group's mask.
 
     Where the recipe multiplies, what its score adds to a reward r is alpha r (s - 1), so that r (s - 1) is its bonus.
+
+    Args:
+        name: The score.
+        method: The recipe's.
+        group: Its mask holds those that earn a bonus.
+        counted: Members over which the bonus is compared, boolean, shape `(groups, k)`.
+        rewards: Shape `(groups, k)`.
+        quality_std: Spread of the quality's part of the advantage.
+        share: Share of it that the balanced alpha gives to the bonus.
     """
-    method = recipe.method
     assert group.mask is not None
-    earns = group.mask
-    names = list(get_args(Method.model_fields["score"].annotation))
-    names.sort(key=lambda name: name != method.score)  # the recipe's first, the others as they are
-    found, own = [], torch.empty(0)
-    for name in names:
-        bonus = group_score(name, method.k, method.kernel_scale, method.distinct_threshold).bonus(group)
-        if name == method.score and method.combine == "multiply":
-            bonus = (rewards * (bonus - 1)).where(earns, 0.0)
-        own = bonus if name == method.score else own
-        part = spread(bonus, earns) if earns.any() else Spread(math.nan, math.nan, math.nan, 0)
-        differs = part.std > 1e-9  # false for nan; float32 leaves a rounding where members coincide
-        found.append(
-            ScoreCalibration(
-                name,
-                part,
-                share * quality_std / part.std if differs and quality_std > 0 else None,
-                method.alpha * part.std / quality_std if quality_std > 0 and part.groups else None,
-            )
-        )
-    return found, own
+    bonus = group_score(name, method.k, method.kernel_scale, method.distinct_threshold).bonus(group)
+    if name == method.score and method.combine == "multiply":
+        bonus = (rewards * (bonus - 1)).where(group.mask, 0.0)
+    part = spread(bonus, counted) if counted.any() else Spread(math.nan, math.nan, math.nan, 0)
+    return ScoreCalibration(
+        name,
+        part,
+        share * quality_std / part.std if _differs(part) and quality_std > 0 else None,
+        method.alpha * part.std / quality_std if quality_std > 0 and part.groups else None,
+    ), bonus
+
+
+def _differs(part: Spread) -> bool:
+    """False where nothing was compared; float32 leaves a rounding where members coincide."""
+    return part.std > 1e-9  # false for nan
 
 
 # The encoder ----------------------------------------------------------------------------------------------------------
@@ -631,31 +655,40 @@ def _reasoning(result: Calibration, recipe: Recipe) -> list[str]:
         f"Within a group, quality differs by {q:.3g} (standard deviation){scaled}"
         + (
             ", and no response earns a bonus."
-            if math.isnan(own.bonus.std)
+            if result.no_bonus == 1 or math.isnan(own.bonus.std)
             else f" and the bonus by {own.bonus.std:.3g} {unit}."
         )
     ]
-    if own.share is not None:
+    if own.share is not None and result.no_bonus < 1:
         words.append(
             f"At the recipe's alpha = {result.alpha:g} the bonus weighs {result.alpha * own.bonus.std:.3g}, "
             f"{own.share:.0%} of what quality weighs; the most and the least different member of a group are "
             f"{result.alpha * own.bonus.range:.3g} of quality apart."
         )
     if own.name == "log_volume" and recipe.method.kernel_scale == 1.0:
-        room = math.log(2) - math.log1p(1 / result.k)
+        held_against = recipe.method.defences.unearned == "zero" and result.ungated is not None
+        room = math.log(2) - (0.0 if held_against else math.log1p(1 / result.k))
         words.append(
             f"The bonus lies between {math.log1p(1 / result.k):.3f} (it repeats all others) and {math.log(2):.3f} nats "
-            f"(it is unlike all others): at most {result.alpha * room:.3g} of quality at that alpha."
+            f"(it is unlike all others){', and is 0 where none is earned' if held_against else ''}: at most "
+            f"{result.alpha * room:.3g} of quality at that alpha."
         )
     if own.balanced_alpha is not None:
         words.append(
             f"alpha = {own.balanced_alpha:.2g} gives the bonus {result.share:.0%} of the quality's weight at the first "
             "step. The share grows as training raises the quality and its spread shrinks, so begin low."
         )
+    if result.ungated is not None and _differs(result.ungated.bonus):
+        balanced = result.ungated.balanced_alpha
+        words.append(
+            f"If every response earned its bonus ({result.no_bonus:.0%} earn none), it would differ by "
+            f"{result.ungated.bonus.std:.3g} {unit}"
+            + (f", and alpha = {balanced:.2g} would give it {result.share:.0%}." if balanced is not None else ".")
+        )
     return words
 
 
-def _problems(result: Calibration) -> list[str]:
+def _problems(result: Calibration, unreached: bool) -> list[str]:
     found = []
     if result.quality_advantage_std == 0 or result.tied_groups == 1:
         found.append(
@@ -663,11 +696,10 @@ def _problems(result: Calibration) -> list[str]:
             "reward, the prompts or the policy (SFT first?)"
         )
     own = result.scores[0]
-    if not own.bonus.std > 1e-9 and result.alpha > 0:
+    if not _differs(own.bonus) and result.alpha > 0 and not unreached:
         found.append(
             f"the bonus of {own.name} is equal for all members of every group: alpha has nothing to weigh"
             + (f" ({result.no_bonus:.0%} of the responses earn none, see method.defences)" if result.no_bonus else "")
-            + ("; sample from the SFT checkpoint, which may do better" if result.no_bonus == 1 else "")
         )
     for kind, area in (("an unrelated sentence", result.encoder.auc_unrelated),
                        ("another answer about the same things", result.encoder.auc_same_topic)):  # fmt: skip
@@ -679,8 +711,14 @@ def _problems(result: Calibration) -> list[str]:
     return found
 
 
-def _remarks(result: Calibration, recipe: Recipe, prompts: int) -> list[str]:
+def _remarks(result: Calibration, recipe: Recipe, prompts: int, unreached: bool) -> list[str]:
     health, found = recipe.rl.health, []
+    if unreached:
+        found.append(
+            "no response of the base model earns a bonus (method.defences); what would be if each did is shown beside. "
+            "RL begins with the SFT checkpoint; once `dqo run` has trained that (it may be interrupted then), sample "
+            "from it with --checkpoint <out>/workspace/stages/sft-<key>/output"
+        )
     if result.prompts < prompts:
         found.append(f"{prompts} prompts were asked for, the training data holds {result.prompts}")
     for value, limit, words in (

@@ -99,8 +99,11 @@ def show(console: Console, result: "Calibration") -> None:
     table = _table("Differences within a group", "", "std", "range", "mean", f"alpha for {result.share:.0%}", "share")
     quality = result.quality
     table.add_row("quality", _number(quality.std), _number(quality.range), _number(quality.mean), "", "")
-    for one in result.scores:
-        name = f"bonus, {one.name}" + (" (the recipe's)" if one.name == result.score else "")
+    rows = [(f"bonus, {one.name}" + (" (the recipe's)" if one.name == result.score else ""), one)
+            for one in result.scores]  # fmt: skip
+    if result.ungated is not None:
+        rows.insert(1, ("  if every response earned it", result.ungated))
+    for name, one in rows:
         table.add_row(
             name,
             _number(one.bonus.std),

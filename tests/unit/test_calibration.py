@@ -12,6 +12,7 @@ import torch
 from scipy import stats
 
 import dqo.calibration as calibration
+from dqo.advantage import group_advantages
 from dqo.calibration import PAIRS, SHARE, auc, auc_interval, calibrate, check_encoder, spread, ties
 from dqo.checkpoint import CheckpointCard
 from dqo.embedding import ResponseEncoder
@@ -171,6 +172,63 @@ def test_the_recipes_score_comes_first_and_defences_leave_the_bonus_out(tiny_pol
         assert all(
             bonus == 0 for bonus, q in zip(row["bonuses"], row["qualities"], strict=True) if q is None or q < 0.5
         )
+
+
+def conditional(policy: Path, encoder: Path, unearned: str, floor: float = 0.5, **method: object) -> Recipe:
+    return tiny(policy, encoder, defences={"min_quality": floor, "unearned": unearned}, **method)
+
+
+@pytest.mark.parametrize("unearned", ["apart", "zero"])
+@pytest.mark.parametrize("form", ["paper", "centred", "decoupled"])
+def test_the_bonus_differs_as_it_does_in_the_advantages(tiny_policy, tiny_encoder, reward, unearned, form):
+    """What alpha = 1 adds to the advantages, over those that it is added to: with `zero`, all that have a reward."""
+    result = calibrate(conditional(tiny_policy, tiny_encoder, unearned, advantage=form), prompts=6)
+    rewards = torch.tensor([[math.nan if q is None else q for q in row["qualities"]] for row in result.responses])
+    bonus = torch.tensor([row["bonuses"] for row in result.responses])
+    earns = rewards >= 0.5
+    added = group_advantages(rewards, bonus, 1.0, form, earns=earns, unearned=unearned) - group_advantages(
+        rewards, bonus, 0.0, form
+    )
+    held = earns if unearned == "apart" else ~rewards.isnan()
+    groups = [[x for x, h in zip(*row, strict=True) if h] for row in zip(added.tolist(), held.tolist(), strict=True)]
+    assert 0 < earns.sum() < held.numel() and any(0 < row.sum() < len(row) for row in earns)
+    assert result.scores[0].bonus.std == pytest.approx(root_mean_variance(groups), rel=1e-4)
+
+
+def test_zero_differs_from_apart_where_few_earn(tiny_policy, tiny_encoder, reward):
+    """By hand: every response with a reward counts, with 0 for those below the floor."""
+    apart, zero = (calibrate(conditional(tiny_policy, tiny_encoder, way), prompts=6) for way in ("apart", "zero"))
+    assert apart.responses == zero.responses and apart.ungated == zero.ungated
+    counted = [
+        [bonus for bonus, q in zip(row["bonuses"], row["qualities"], strict=True) if q is not None]
+        for row in zero.responses
+    ]
+    assert zero.scores[0].bonus.std == pytest.approx(root_mean_variance(counted), rel=1e-4)
+    assert zero.scores[0].bonus.std > 2 * apart.scores[0].bonus.std
+    assert f"{0.8 * math.log(2):.3g} of quality at that alpha" in " ".join(zero.reasoning)
+    assert f"{0.8 * (math.log(2) - math.log(1.25)):.3g} of quality at that alpha" in " ".join(apart.reasoning)
+
+
+@pytest.mark.parametrize("unearned", ["apart", "zero"])
+def test_a_floor_that_no_untrained_response_reaches_still_gives_an_alpha(
+    tiny_policy, tiny_encoder, monkeypatch, unearned
+):
+    """As the quickstart does: what would be if every response earned is what the recipe without the floor gives."""
+
+    class Low(_Varied):
+        def __call__(self, responses, rows):
+            return [None if value is None else 0.9 * value for value in super().__call__(responses, rows)]
+
+    monkeypatch.setattr(calibration, "build", lambda *_: Low())
+    free = calibrate(tiny(tiny_policy, tiny_encoder), prompts=4)
+    result = calibrate(conditional(tiny_policy, tiny_encoder, unearned, floor=0.95), prompts=4)
+    assert free.ungated is None and result.no_bonus == 1 and result.balanced_alpha is None
+    assert result.ungated == free.scores[0] and result.ungated.balanced_alpha is not None
+    assert not any("alpha has nothing to weigh" in problem for problem in result.problems)
+    assert result.problems == free.problems
+    assert any("no response of the base model earns a bonus" in remark for remark in result.remarks)
+    assert f"alpha = {free.balanced_alpha:.2g} would give it 25%" in " ".join(result.reasoning)
+    assert json.loads(result.to_json())["ungated"]["balanced_alpha"] == free.balanced_alpha
 
 
 def test_a_scaled_quality_is_what_the_bonus_stands_beside(tiny_policy, tiny_encoder, reward):
