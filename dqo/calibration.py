@@ -46,7 +46,7 @@ from dqo.files import read_jsonl
 from dqo.generation import Response, left_pad, sample_texts, shares_prompts
 from dqo.policy import default_device, end_of_turn_ids, load_for_inference, load_tokenizer, stop_ids
 from dqo.recipe import Method, Recipe
-from dqo.rewards import build, score
+from dqo.rewards import TIE, build, score, tied_groups
 from dqo.shared_prompt import add_shared_prompt_forward
 from dqo.tasks import get_task
 
@@ -378,7 +378,7 @@ def calibrate(
         ungated, _ = _score(method.score, method, everyone, able, rewards, advantage_std, share)
 
     tell("checking the encoder")
-    tied_groups, tied_pairs = ties(rewards)
+    equal_groups, equal_pairs = ties(rewards)
     tokens = np.array([one.tokens for group in groups for one in group])
     per_response = {name: seconds.per_response(name) for name in ("sampling", "reward", "embedding", "forward")}
     rows_of_step = step * k
@@ -395,8 +395,8 @@ def calibrate(
         quality_advantage_std=advantage_std,
         unscorable=1 - scored.double().mean().item(),
         no_bonus=1 - earns.double().mean().item(),
-        tied_groups=tied_groups,
-        tied_pairs=tied_pairs,
+        tied_groups=equal_groups,
+        tied_pairs=equal_pairs,
         scores=[one for one, _ in measured],
         ungated=ungated,
         lengths=Lengths(
@@ -462,20 +462,17 @@ def spread(values: Tensor, counted: Tensor) -> Spread:
 
 
 def ties(rewards: Tensor) -> tuple[float, float]:
-    """Share of groups whose rewards are all equal, and of pairs within groups whose rewards are.
+    """Share of groups whose rewards are all equal (`dqo.rewards.tied_groups`), and of pairs within groups.
 
     Args:
-        rewards: Shape `(groups, k)`; NaN where a response could not be scored. A group with fewer than two rewards has
-            nothing to compare and counts as equal.
+        rewards: Shape `(groups, k)`; NaN where a response could not be scored.
     """
-    equal_groups, equal_pairs, pairs = 0, 0, 0
+    equal_pairs, pairs = 0, 0
     for row in rewards:
         values = row[~row.isnan()]
-        same = (values.unsqueeze(0) == values.unsqueeze(1)).triu(1).sum().item()
-        count = len(values) * (len(values) - 1) // 2
-        equal_groups += int(same == count)
-        equal_pairs, pairs = equal_pairs + int(same), pairs + count
-    return equal_groups / len(rewards), equal_pairs / pairs if pairs else math.nan
+        same = ((values.unsqueeze(0) - values.unsqueeze(1)).abs() <= TIE).triu(1).sum().item()
+        equal_pairs, pairs = equal_pairs + int(same), pairs + len(values) * (len(values) - 1) // 2
+    return tied_groups(rewards).double().mean().item(), equal_pairs / pairs if pairs else math.nan
 
 
 def _score(

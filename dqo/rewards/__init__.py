@@ -70,6 +70,26 @@ def score(reward: Reward, responses: Sequence[str], rows: Sequence[Row]) -> list
     return values
 
 
+TIE = 1e-6
+"""Rewards that differ by no more than this are equal: what float32 leaves of sums and means."""
+
+
+def tied_groups(rewards: "torch.Tensor") -> "torch.Tensor":
+    """Say which groups' rewards are all equal, so that they teach nothing about quality.
+
+    Args:
+        rewards: Shape `(groups, k)`; NaN where a response could not be scored. A group with fewer than two rewards has
+            nothing to compare and counts as equal.
+
+    Returns:
+        Boolean, shape `(groups,)`.
+    """
+    unscored = rewards.isnan()
+    highest = rewards.masked_fill(unscored, -math.inf).amax(1)
+    lowest = rewards.masked_fill(unscored, math.inf).amin(1)
+    return highest - lowest <= TIE  # -inf without any reward
+
+
 class TrlReward:
     """A reward in the form that TRL calls.
 

@@ -300,7 +300,7 @@ def test_spread_leaves_out_what_does_not_count():
 
 def test_ties_of_groups_and_pairs():
     nan = math.nan
-    rewards = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 2.0], [1.0, nan, 2.0], [3.0, nan, nan]])
+    rewards = torch.tensor([[1.0, 1.0, 1.0 + 1e-7], [1.0, 1.0, 2.0], [1.0, nan, 2.0], [3.0, nan, nan]])
     # Pairs: 3 of 3, 1 of 3, 0 of 1, none. Groups: the first, and the last, which compares nothing.
     assert ties(rewards) == (2 / 4, 4 / 7)
 
