@@ -38,6 +38,7 @@ from dqo.advantage import group_advantages
 from dqo.checkpoint import CheckpointCard
 from dqo.data import prepare, read_rows
 from dqo.defences import Defences, embedded_text
+from dqo.defences import check as check_defences
 from dqo.diversity import Group, group_score
 from dqo.embedding import ResponseEncoder
 from dqo.errors import DQOError
@@ -289,6 +290,7 @@ def calibrate(
             "a checkpoint of the recipe's model"
         )
     device, task = default_device(), get_task(recipe.task)
+    check_defences(recipe, task)
     tell("preparing the data")
     tokenizer = load_tokenizer(recipe.policy)
     with tempfile.TemporaryDirectory() as folder:

@@ -81,9 +81,13 @@ def test_recipe_check_says_what_a_valid_recipe_is():
 
 def test_recipe_check_asks_the_task_too(tmp_path: Path):
     embeds = recipe_file(tmp_path, "method: {defences: {embed: answer}}")
-    done = dqo("recipe", "check", embeds)
-    assert done.returncode == 0
-    assert "method.defences.embed: got 'answer'" in done.stderr and "all of it is embedded" in done.stderr
+    said = refused(dqo("recipe", "check", embeds))
+    assert said.startswith("dqo: method.defences.embed: got 'answer', but task 'story' does not say where")
+    fits = recipe_file(tmp_path, "task: reasoning\nmethod: {defences: {embed: answer}}")
+    assert dqo("recipe", "check", fits).returncode == 0
+    embeds = recipe_file(tmp_path, "method: {defences: {embed: answer}}")
+    for command in (["run"], ["calibrate"]):
+        assert refused(dqo(*command, embeds, cwd=tmp_path)) == said
     done = dqo("recipe", "check", recipe_file(tmp_path, "task: not_there:TASK"))
     assert done.returncode == 0
     assert done.stderr.startswith("dqo: warning: on this machine, task: got 'not_there:TASK'")
