@@ -58,6 +58,8 @@ SHARE = 0.25
 """Share of the quality's spread that the balanced alpha gives to the bonus [ours]."""
 
 _DRAWS = 2000
+# Scores this near to 0 or 1 are beyond 6.9 in the reward model's unit; a tenth of them is worth a remark [ours].
+_SATURATED, _SATURATED_SHARE = 1e-3, 0.1
 _REFERENCE_PROMPTS = 100
 # What the update costs in forward passes of the same sequences, a rule of thumb [ours]: the backward pass costs one
 # forward for the gradients of activations and another for those of the weights, which frozen weights do not need.
@@ -208,6 +210,8 @@ class Calibration:
         no_bonus: Share of responses that earn none, by `method.defences` or for want of a reward.
         ungated: The recipe's score as it would be if every response with a reward, and with something to embed, earned
             its bonus; `None` where they do.
+        saturated: Share of scores of a squashed reward model within 1e-3 of 0 or 1, where it hardly tells responses
+            apart; `None` for another reward.
         tied_groups: Share of groups whose rewards are all equal.
         tied_pairs: Share of pairs within groups whose rewards are equal.
         scores: Every group score; the recipe's is first.
@@ -233,6 +237,7 @@ class Calibration:
     quality_advantage_std: float
     unscorable: float
     no_bonus: float
+    saturated: float | None
     tied_groups: float
     tied_pairs: float
     scores: list[ScoreCalibration]
@@ -397,6 +402,7 @@ def calibrate(
         quality_advantage_std=advantage_std,
         unscorable=1 - scored.double().mean().item(),
         no_bonus=1 - earns.double().mean().item(),
+        saturated=_saturated(recipe, rewards[scored]),
         tied_groups=equal_groups,
         tied_pairs=equal_pairs,
         scores=[one for one, _ in measured],
@@ -475,6 +481,12 @@ def ties(rewards: Tensor) -> tuple[float, float]:
         same = ((values.unsqueeze(0) - values.unsqueeze(1)).abs() <= TIE).triu(1).sum().item()
         equal_pairs, pairs = equal_pairs + int(same), pairs + len(values) * (len(values) - 1) // 2
     return tied_groups(rewards).double().mean().item(), equal_pairs / pairs if pairs else math.nan
+
+
+def _saturated(recipe: Recipe, scores: Tensor) -> float | None:
+    if recipe.reward.kind != "model" or not recipe.reward.squash:
+        return None
+    return ((scores < _SATURATED) | (scores > 1 - _SATURATED)).double().mean().item()
 
 
 def _score(
@@ -728,6 +740,12 @@ def _remarks(result: Calibration, recipe: Recipe, prompts: int, unreached: bool)
     ):
         if limit is not None and value > limit:
             found.append(f"{value:.0%} {words}, more than {limit:.0%}")
+    if result.saturated is not None and result.saturated > _SATURATED_SHARE:
+        found.append(
+            f"{result.saturated:.0%} of the reward model's scores are within {_SATURATED:g} of 0 or 1, where the logistic "
+            "function leaves no difference between responses: reward.squash false keeps the model's unit, in which alpha, "
+            "min_quality and gate.max_quality_loss are read then"
+        )
     if result.score == "distinct" and result.encoder.linked["paraphrase"] < 0.5:
         found.append(
             f"method.distinct_threshold = {recipe.method.distinct_threshold:g} takes only "

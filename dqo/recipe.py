@@ -1105,9 +1105,9 @@ class Recipe(_Section):
                     "least; expected more than 0, or null"
                 )
             elif floor > 1 or (model and floor == 1):
-                most, words = ("below 1", "less than") if model else ("1 at most", "at most")
+                bound, words = ("below 1", "less than") if model else ("1 at most", "at most")
                 problems.append(
-                    f"method.defences.min_quality: got {floor:g}, which no response reaches: this reward is {most}; "
+                    f"method.defences.min_quality: got {floor:g}, which no response reaches: this reward is {bound}; "
                     f"expected {words} 1"
                 )
         return problems

@@ -20,7 +20,7 @@ from dqo.errors import DQOError
 from dqo.files import read_jsonl
 from dqo.generation import Response
 from dqo.policy import load_for_inference, load_tokenizer
-from dqo.recipe import Encoder, Recipe, parse
+from dqo.recipe import Encoder, Recipe, Reward, parse
 from dqo.shared_prompt import add_shared_prompt_forward
 
 K = 4
@@ -247,6 +247,26 @@ def test_a_reward_without_differences_is_a_problem_and_gives_no_alpha(tiny_polic
     assert result.balanced_alpha is None and result.scores[0].share is None
     assert "no alpha balances it" in result.problems[0]
     assert any("100% of the groups have equal rewards" in remark for remark in result.remarks)
+
+
+@pytest.mark.parametrize("squash", [True, False])
+def test_scores_that_the_logistic_function_makes_equal_are_remarked_on(tiny_policy, tiny_encoder, monkeypatch, squash):
+    """Half of the responses score 17 or 23, as a good one does; the others 0.1 and 2."""
+    raw = [17.0, 0.1, 2.0, 23.0]
+
+    class Model:
+        name = "reward_model"
+
+        def __call__(self, responses, rows):
+            scores = [raw[index % 4] for index in range(len(responses))]
+            return [1 / (1 + math.exp(-one)) if squash else one for one in scores]
+
+    monkeypatch.setattr(calibration, "build", lambda *_: Model())
+    recipe = tiny(tiny_policy, tiny_encoder)
+    spec = Reward(kind="model", model="org/name", squash=squash)
+    result = calibrate(recipe.model_copy(update={"reward": spec}), prompts=2)
+    assert result.saturated == (0.5 if squash else None)
+    assert any("50% of the reward model's scores" in remark for remark in result.remarks) == squash
 
 
 @pytest.mark.parametrize(
