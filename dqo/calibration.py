@@ -742,9 +742,9 @@ def _remarks(result: Calibration, recipe: Recipe, prompts: int, unreached: bool)
             found.append(f"{value:.0%} {words}, more than {limit:.0%}")
     if result.saturated is not None and result.saturated > _SATURATED_SHARE:
         found.append(
-            f"{result.saturated:.0%} of the reward model's scores are within {_SATURATED:g} of 0 or 1, where the logistic "
-            "function leaves no difference between responses: reward.squash false keeps the model's unit, in which alpha, "
-            "min_quality and gate.max_quality_loss are read then"
+            f"{result.saturated:.0%} of the reward model's scores are within {_SATURATED:g} of 0 or 1, where the "
+            "logistic function leaves no difference between responses: reward.squash false keeps the model's unit, in "
+            "which alpha, min_quality and gate.max_quality_loss are read then"
         )
     if result.score == "distinct" and result.encoder.linked["paraphrase"] < 0.5:
         found.append(

@@ -375,16 +375,24 @@ def publish(folder: StageFolder, run: Run, destination: Path) -> None:
 
 
 def parameters(recipe: Recipe, settings: dict[str, Any]) -> dict[str, Any]:
-    """What MLflow's compare page shows of a training run."""
+    """What MLflow's compare page shows of a training run; the names are those of docs/metrics.md."""
     names = (
-        "alpha", "advantage", "score", "combine", "kernel_scale", "num_generations", "max_steps", "learning_rate",
+        "alpha", "advantage", "score", "combine", "kernel_scale", "distinct_threshold", "num_generations", "max_steps", "learning_rate",
         "temperature", "top_p", "max_completion_length", "beta", "loss_type", "scale_rewards", "seed", "bf16",
         "per_device_train_batch_size", "gradient_accumulation_steps",
     )  # fmt: skip
+    # Conditions of a bonus are those of RL; what is embedded of a response counts in SFT too.
+    everywhere = {"embed", "strip_reasoning"}
+    defences = {
+        name: value
+        for name, value in recipe.method.defences.model_dump().items()
+        if name in settings or name in everywhere
+    }
     return {
         "policy.model": recipe.policy.model,
         "policy.lora": json.dumps(recipe.policy.lora.model_dump()) if recipe.policy.lora else "full fine-tuning",
         "encoder.model": recipe.encoder.model,
         **{f"distributed.{name}": value for name, value in recipe.layout.items()},
         **{name: settings[name] for name in names},
+        **{f"defences.{name}": value for name, value in defences.items()},
     }
