@@ -217,6 +217,7 @@ class Calibration:
         scores: Every group score; the recipe's is first.
         lengths: Tokens.
         encoder_cut: Share of responses that the encoder reads in part only.
+        encoder_cut_shares: The same of `prompts` and `references`, as far as similarities are taken to them.
         encoder: What the encoder tells apart.
         cost: Seconds.
         reasoning: What follows for alpha, in words.
@@ -244,6 +245,7 @@ class Calibration:
     ungated: ScoreCalibration | None
     lengths: Lengths
     encoder_cut: float
+    encoder_cut_shares: dict[str, float]
     encoder: EncoderCheck
     cost: Cost
     reasoning: list[str] = field(default_factory=list)
@@ -316,6 +318,7 @@ def calibrate(
     groups: list[list[Response]] = []
     qualities: list[list[float | None]] = []
     vectors, similarities, unembedded, likelihoods = [], [], [], []
+    cut_shares: list[dict[str, float]] = []
     pick = embedded_text(method.defences.embed, method.defences.strip_reasoning, task.answer)
     cut, seconds = 0.0, _Stopwatch(device)
     for start in range(0, len(rows), step):
@@ -330,14 +333,16 @@ def calibrate(
         texts = [one.text for group in drawn for one in group]
         with seconds("reward", count):
             values = score(reward, texts, [row for row in batch for _ in range(k)])
+        cut_shares.append(getattr(reward, "cut_shares", {}))
         with seconds("embedding", count):
             picked = [pick(text) for text in texts]
             embedded = encoder([text or "" for text in picked])
         vectors.append(embedded.vectors.view(len(batch), k, -1).cpu())
         unembedded += [[text is None for text in picked[at : at + k]] for at in range(0, count, k)]
         if method.defences.min_prompt_similarity is not None:
-            questions = encoder(["".join(message["content"] for message in prompt) for prompt in asked]).vectors.cpu()
-            similarities.append((questions.unsqueeze(1) * vectors[-1]).sum(-1))
+            questions = encoder(["".join(message["content"] for message in prompt) for prompt in asked])
+            similarities.append((questions.vectors.cpu().unsqueeze(1) * vectors[-1]).sum(-1))
+            cut_shares.append({"prompts": questions.cut_share})
         with seconds("forward", count):
             likelihoods.append(_log_likelihood(model, tokenizer, asked, drawn, recipe).view(-1, k).cpu())
         cut += embedded.cut_share * count
@@ -416,6 +421,10 @@ def calibrate(
             truncated=truncated.double().mean().item(),
         ),
         encoder_cut=cut / scored.numel(),
+        encoder_cut_shares={
+            name: float(np.mean([one[name] for one in cut_shares if name in one]))
+            for name in sorted({name for one in cut_shares for name in one})
+        },
         encoder=check_encoder(encoder, recipe, [row["references"] for row in train[:_REFERENCE_PROMPTS]]),
         cost=Cost(
             sampling=per_response["sampling"] * rows_of_step,
@@ -740,6 +749,9 @@ def _remarks(result: Calibration, recipe: Recipe, prompts: int, unreached: bool)
     ):
         if limit is not None and value > limit:
             found.append(f"{value:.0%} {words}, more than {limit:.0%}")
+    for name, value in result.encoder_cut_shares.items():
+        if value > 0:
+            found.append(f"{value:.0%} of the {name} are cut by the encoder: what comes behind is in no similarity")
     if result.saturated is not None and result.saturated > _SATURATED_SHARE:
         found.append(
             f"{result.saturated:.0%} of the reward model's scores are within {_SATURATED:g} of 0 or 1, where the "

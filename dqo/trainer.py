@@ -239,8 +239,9 @@ class DQOTrainer(GRPOTrainer):
             self._gathered_truncated = gather(torch.tensor(cut, device=device))
             self._gathered_tokens = gather(torch.tensor([len(ids) for ids in completion_ids_list], device=device))
             if self.args.min_prompt_similarity is not None:
-                asked = self.encoder([_text(prompt) for prompt in prompts]).vectors.to(device)
-                self._gathered_similarity = gather((asked * vectors).sum(-1))
+                asked = self.encoder([_text(prompt) for prompt in prompts])
+                self._gathered_similarity = gather((asked.vectors.to(device) * vectors).sum(-1))
+                self._log_metric("encoder_cut_share/prompts", asked.cut_share)  # averaged over processes by TRL
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:

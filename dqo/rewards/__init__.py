@@ -104,13 +104,22 @@ class TrlReward:
         self.__name__ = reward.name  # TRL's name for it in logs
 
     def __call__(self, completions: list[Any], prompts: list[Any], **columns: Any) -> list[float | None]:
-        """Score completions; see `score`."""
+        """Score completions; see `score`.
+
+        With TRL's `log_metric` among the columns, the shares of prompts and references that the encoder of reference
+        similarity has cut are logged as `encoder_cut_share/prompts` and `encoder_cut_share/references`.
+        """
         texts = [one if isinstance(one, str) else one[-1]["content"] for one in completions]
         rows = [
             {"prompt": prompts[index], **{name: columns[name][index] for name in self._fields}}
             for index in range(len(texts))
         ]
-        return score(self._reward, texts, rows)
+        values = score(self._reward, texts, rows)
+        log = columns.get("log_metric")
+        if log is not None:
+            for name, share in getattr(self._reward, "cut_shares", {}).items():
+                log(f"encoder_cut_share/{name}", share)
+        return values
 
 
 def kind(recipe: Recipe, task: Task) -> Literal["rule", "reference_similarity", "model"]:
