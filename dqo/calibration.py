@@ -19,6 +19,7 @@ Where `method.defences` keep responses from earning, the recipe's score is also 
     print(result.balanced_alpha, *result.reasoning, sep="\n")
 """
 
+import inspect
 import json
 import math
 import random
@@ -161,15 +162,20 @@ class EncoderCheck:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of one RL step on this machine.
+    """Seconds of one RL step with the recipe's processes, each as fast as the one here.
+
+    A process does its share of a step; what they tell each other is not in it. Samples are drawn here by transformers,
+    whatever `rl.rollout.engine` says.
 
     Attributes:
-        sampling: Measured.
-        reward: Measured.
-        embedding: Measured.
+        sampling: Measured on a process's share.
+        reward: The same.
+        embedding: The same.
         update: An estimate: a measured forward pass over the responses, times what a backward pass costs beside it.
         steps: `rl.steps`.
         variants: Trainings of that length: `dqo` and the baselines.
+        processes: The recipe's, among which a step is divided.
+        engine: What samples in the recipe's training.
     """
 
     sampling: float
@@ -178,6 +184,8 @@ class Cost:
     update: float
     steps: int
     variants: int
+    processes: int
+    engine: str
 
     @property
     def step(self) -> float:
@@ -393,7 +401,7 @@ def calibrate(
     equal_groups, equal_pairs = ties(rewards)
     tokens = np.array([one.tokens for group in groups for one in group])
     per_response = {name: seconds.per_response(name) for name in ("sampling", "reward", "embedding", "forward")}
-    rows_of_step = step * k
+    rows_of_step = step * k / recipe.processes
     result = Calibration(
         recipe=recipe.name,
         digest=recipe.digest,
@@ -433,6 +441,8 @@ def calibrate(
             update=per_response["forward"] * rows_of_step * _passes(recipe),
             steps=recipe.rl.steps,
             variants=len(recipe.variants),
+            processes=recipe.processes,
+            engine=recipe.rl.rollout.engine,
         ),
         responses=[
             {
@@ -642,26 +652,72 @@ def _log_likelihood(
     groups: Sequence[Sequence[Response]],
     recipe: Recipe,
 ) -> Tensor:
-    """Log-likelihood of each response in nats, `(responses,)`, by the pass with which the trainer scores them."""
+    """Log-likelihood of each response in nats, `(responses,)`, by the pass with which the trainer scores them.
+
+    In pieces of `rl.micro_batch` sequences, and with the logits of the responses alone: those of a whole step of a 7B
+    model fill an accelerator's memory.
+    """
     encoded = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True)["input_ids"]
-    device, pad, temperature = model.device, tokenizer.pad_token_id, recipe.rl.sampling.temperature
-    drawn = [one.ids for group in groups for one in group]
-    longest = max(len(ids) for ids in drawn)
-    responses = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in drawn], device=device)
-    mask = torch.tensor([[int(at < len(ids)) for at in range(longest)] for ids in drawn], device=device)
-    rows = torch.arange(len(groups), device=device).repeat_interleave(recipe.method.k)
-    if shares_prompts(model.config) and not recipe.policy.gradient_checkpointing:
-        ids, attention = left_pad(encoded, pad, device)
-        scores = model(input_ids=ids, attention_mask=attention, completion_ids=responses, completion_mask=mask,
-                       prompt_rows=rows, temperature=temperature)  # fmt: skip
-        return scores.log_probs.sum(-1)
-    ids, attention = left_pad([encoded[row] for row in rows.tolist()], pad, device)
+    drawn = [(row, one.ids) for row, group in enumerate(groups) for one in group]
+    size = recipe.rl.micro_batch or len(drawn)
+    shares = shares_prompts(model.config) and not recipe.policy.gradient_checkpointing
+    score = _of_shared_prompts if shares else _of_whole_sequences
+    return torch.cat(
+        [
+            score(
+                model,
+                [encoded[row] for row, _ in drawn[start : start + size]],
+                [ids for _, ids in drawn[start : start + size]],
+                tokenizer.pad_token_id,
+                recipe.rl.sampling.temperature,
+            )
+            for start in range(0, len(drawn), size)
+        ]
+    )
+
+
+def _of_shared_prompts(
+    model: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad: int, temperature: float
+) -> Tensor:
+    """Log-likelihood of each response to the prompt of the same index; equal prompts are computed once."""
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    place = {ids: index for index, ids in enumerate(distinct)}
+    ids, attention = left_pad(distinct, pad, model.device)
+    completions, mask = _right_pad(responses, pad, model.device)
+    scores = model(input_ids=ids, attention_mask=attention, completion_ids=completions, completion_mask=mask,
+                   prompt_rows=torch.tensor([place[tuple(one)] for one in prompts], device=model.device),
+                   temperature=temperature)  # fmt: skip
+    log_probs: Tensor = scores.log_probs
+    return log_probs.sum(-1)
+
+
+def _of_whole_sequences(
+    model: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad: int, temperature: float
+) -> Tensor:
+    """The same of each prompt with its response, for models whose prompts cannot be shared."""
+    ids, attention = left_pad(prompts, pad, model.device)
+    completions, mask = _right_pad(responses, pad, model.device)
     attention = torch.cat([attention, mask], 1)
-    # The logits in front of each response token.
-    logits = model(input_ids=torch.cat([ids, responses], 1), attention_mask=attention,
-                   position_ids=(attention.cumsum(-1) - 1).clamp(min=0)).logits[:, -longest - 1 : -1]  # fmt: skip
-    log_probs = (logits.float() / temperature).log_softmax(-1).gather(-1, responses.unsqueeze(-1)).squeeze(-1)
-    return (log_probs * mask).sum(-1)
+    width = completions.shape[1]
+    # Models that take `logits_to_keep` put the head to those positions only; of others the rest is dropped here.
+    forward = model.get_base_model().forward if hasattr(model, "get_base_model") else model.forward
+    fewer = {"logits_to_keep": width + 1} if "logits_to_keep" in inspect.signature(forward).parameters else {}
+    logits = model(input_ids=torch.cat([ids, completions], 1), attention_mask=attention,
+                   position_ids=(attention.cumsum(-1) - 1).clamp(min=0), **fewer).logits  # fmt: skip
+    total = torch.zeros(len(completions), device=model.device)
+    for at in range(width):  # the logits in front of each token; all of them in float32 would be the largest tensor
+        scores = logits[:, at - width - 1].float() / temperature
+        chosen = scores.gather(-1, completions[:, at, None]).squeeze(-1)
+        total += (chosen - scores.logsumexp(-1)) * mask[:, at]
+    return total
+
+
+def _right_pad(sequences: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token lists padded on the right, and what of them is none, both `(rows, longest)`."""
+    longest = max(len(ids) for ids in sequences)
+    ids = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in sequences], device=device)
+    mask = torch.tensor([[int(at < len(ids)) for at in range(longest)] for ids in sequences], device=device)
+    return ids, mask
 
 
 # Words ----------------------------------------------------------------------------------------------------------------

@@ -170,6 +170,13 @@ def show(console: Console, result: "Calibration") -> None:
         f"{_minutes(cost.run)} (estimate)",
         soft_wrap=True,
     )
+    notes = []
+    if cost.processes > 1:
+        notes.append(f"with {cost.processes} processes, each as fast as the one here and without what they exchange")
+    if cost.engine != "transformers":
+        notes.append(f"sampled here by transformers; the recipe's {cost.engine} is usually faster")
+    if notes:
+        console.print(f"[dim]{'; '.join(notes)}[/]", soft_wrap=True)
     for remark in result.remarks:
         console.print(f"[yellow]! {remark}[/]", soft_wrap=True)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from scipy import stats
 
 import dqo.calibration as calibration
@@ -20,8 +21,9 @@ from dqo.errors import DQOError
 from dqo.files import read_jsonl
 from dqo.generation import Response
 from dqo.policy import load_for_inference, load_tokenizer
-from dqo.recipe import Encoder, Recipe, Reward, parse
+from dqo.recipe import Encoder, Recipe, Reward, Rollout, parse
 from dqo.shared_prompt import add_shared_prompt_forward
+from pipelines.calibrate import show
 
 K = 4
 
@@ -117,6 +119,25 @@ def test_figures_equal_brute_force(tiny_policy, tiny_encoder, reward):
     assert "responses" not in document and document["cost"]["step"] == result.cost.step
 
 
+def test_the_processes_of_a_recipe_share_the_cost(tiny_policy, tiny_encoder, reward, monkeypatch, capsys):
+    """Seconds that stand still: a second a lap, so that a response's are one over the batch's."""
+    ticks = itertools.count()
+    monkeypatch.setattr(calibration.time, "perf_counter", lambda: float(next(ticks)))
+    recipe = tiny(tiny_policy, tiny_encoder)
+    alone = calibrate(recipe, prompts=3)
+    assert (alone.cost.sampling, alone.cost.update) == (pytest.approx(1.0), pytest.approx(2.0))  # adapters: two passes
+    six = {"distributed": recipe.distributed.model_copy(update={"processes": 6})}
+    rollout = {"rl": recipe.rl.model_copy(update={"rollout": Rollout(engine="vllm")})}
+    shared = calibrate(recipe.model_copy(update=six | rollout), prompts=3)
+    for name in ("sampling", "reward", "embedding", "update", "step", "run"):
+        assert getattr(shared.cost, name) == pytest.approx(getattr(alone.cost, name) / 6)
+    show(Console(width=400), shared)
+    assert "with 6 processes, each as fast as the one here" in (said := capsys.readouterr().out)
+    assert "sampled here by transformers; the recipe's vllm is usually faster" in said
+    show(Console(width=400), alone)
+    assert "processes" not in (said := capsys.readouterr().out) and "transformers" not in said
+
+
 def test_the_seed_decides_what_is_sampled(tiny_policy, tiny_encoder, reward):
     recipe = tiny(tiny_policy, tiny_encoder, alpha=0.0)
     first, again = (calibrate(recipe, prompts=3) for _ in range(2))
@@ -127,11 +148,13 @@ def test_the_seed_decides_what_is_sampled(tiny_policy, tiny_encoder, reward):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["shared prompts", "whole sequences"])
-def test_log_likelihoods_equal_those_of_one_sequence_at_a_time(tiny_policy, tiny_encoder, checkpointing):
+@pytest.mark.parametrize("micro_batch", [None, 3])
+def test_log_likelihoods_equal_those_of_one_sequence_at_a_time(tiny_policy, tiny_encoder, checkpointing, micro_batch):
     recipe = tiny(tiny_policy, tiny_encoder)
     policy = recipe.policy.model_copy(update={"gradient_checkpointing": checkpointing})
     sampling = recipe.rl.sampling.model_copy(update={"temperature": 0.7})
-    recipe = recipe.model_copy(update={"policy": policy, "rl": recipe.rl.model_copy(update={"sampling": sampling})})
+    rl = recipe.rl.model_copy(update={"sampling": sampling, "micro_batch": micro_batch})
+    recipe = recipe.model_copy(update={"policy": policy, "rl": rl})
     tokenizer, model = load_tokenizer(policy), load_for_inference(policy, torch.device("cpu"), None)
     prompts = [[{"role": "user", "content": text}] for text in ("a dog", "one small boat in a storm")]
     drawn = [[(index + 3 * at) % 500 + 5 for at in range(1 + index)] for index in range(2 * K)]
@@ -145,7 +168,17 @@ def test_log_likelihoods_equal_those_of_one_sequence_at_a_time(tiny_policy, tiny
         expected.append(sum(log_probs[at, token].item() for at, token in enumerate(ids)))
     if not checkpointing:
         add_shared_prompt_forward(model)
+    rows, logits = [], []
+    model.register_forward_pre_hook(
+        lambda _, __, given: rows.append(len(given.get("completion_ids", given["input_ids"]))), with_kwargs=True
+    )
+    model.register_forward_hook(lambda _, __, out: logits.append(out.logits.shape) if checkpointing else None)
     found = calibration._log_likelihood(model, tokenizer, prompts, groups, recipe)
+    assert rows == ([2 * K] if micro_batch is None else [3, 3, 2])
+    # One more than the longest response of the piece has tokens.
+    assert [shape[1] for shape in logits] == (
+        [] if not checkpointing else [2 * K + 1] if micro_batch is None else [4, 7, 9]
+    )
     np.testing.assert_allclose(found.tolist(), expected, rtol=1e-4)
 
 
