@@ -3,16 +3,31 @@
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import jsonschema
 import pytest
 import yaml
 
 from dqo.errors import DQOError
-from dqo.recipe import Defences, Method, Recipe, json_schema, load, load_judge, parse
+from dqo.recipe import Defences, Distributed, Method, Recipe, json_schema, load, load_judge, parse
 
+ACCELERATE = Path(__file__).parents[2] / "dqo" / "accelerate"
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "experiments")
+
+
+def test_each_strategy_has_a_recipe_and_settings_of_accelerate():
+    split = {load(path).distributed.strategy: path.stem for path in RECIPES}
+    assert split.keys() == set(get_args(Distributed.model_fields["strategy"].annotation))
+    assert (split["fsdp"], split["zero2"], split["zero3"]) == ("gsm8k", "dolly", "commongen-full")
+    for path in RECIPES:
+        recipe = load(path)
+        # What is split is split among several, and its settings are those that `accelerate launch` takes.
+        assert recipe.distributed.strategy == "ddp" or recipe.processes > 1
+        settings = yaml.safe_load((ACCELERATE / f"{recipe.distributed.strategy}.yaml").read_text())
+        stage = settings.get("deepspeed_config", {}).get("zero_stage")
+        assert stage == {"zero2": 2, "zero3": 3}.get(recipe.distributed.strategy)
 
 
 def refusal(text: str) -> str:
