@@ -8,13 +8,18 @@ how far it differs between the members, beside how far their qualities do.
     share(alpha) = alpha s_b / s_q,                           alpha(share) = share s_q / s_b              [ours]
 
 with Bessel's correction, over members that count, and the quality advantage as `dqo.advantage` computes it (so that
-`method.quality_scale` is in it). The share is that of the first step: as training raises the quality, its spread
-shrinks and the same alpha weighs more.
+`method.quality_scale` is in it). What counts for the bonus is what does in the advantage: under `unearned: zero` every
+response with a reward, with a bonus of 0 where it earns none; under `apart` those that earn one. The share is that of
+the first step: as training raises the quality, its spread shrinks and the same alpha weighs more.
+
+Where `method.defences` keep responses from earning, the recipe's score is also measured as if all of them did
+(`Calibration.ungated`): an untrained policy may reach no `min_quality` at all, and SFT comes before RL.
 
     result = calibrate(load("recipes/quickstart.yaml"))
     print(result.balanced_alpha, *result.reasoning, sep="\n")
 """
 
+import inspect
 import json
 import math
 import random
@@ -34,6 +39,7 @@ from dqo.advantage import group_advantages
 from dqo.checkpoint import CheckpointCard
 from dqo.data import prepare, read_rows
 from dqo.defences import Defences, embedded_text
+from dqo.defences import check as check_defences
 from dqo.diversity import Group, group_score
 from dqo.embedding import ResponseEncoder
 from dqo.errors import DQOError
@@ -42,7 +48,7 @@ from dqo.files import read_jsonl
 from dqo.generation import Response, left_pad, sample_texts, shares_prompts
 from dqo.policy import default_device, end_of_turn_ids, load_for_inference, load_tokenizer, stop_ids
 from dqo.recipe import Method, Recipe
-from dqo.rewards import build, score
+from dqo.rewards import TIE, build, score, tied_groups
 from dqo.shared_prompt import add_shared_prompt_forward
 from dqo.tasks import get_task
 
@@ -53,6 +59,8 @@ SHARE = 0.25
 """Share of the quality's spread that the balanced alpha gives to the bonus [ours]."""
 
 _DRAWS = 2000
+# Scores this near to 0 or 1 are beyond 6.9 in the reward model's unit; a tenth of them is worth a remark [ours].
+_SATURATED, _SATURATED_SHARE = 1e-3, 0.1
 _REFERENCE_PROMPTS = 100
 # What the update costs in forward passes of the same sequences, a rule of thumb [ours]: the backward pass costs one
 # forward for the gradients of activations and another for those of the weights, which frozen weights do not need.
@@ -154,15 +162,20 @@ class EncoderCheck:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of one RL step on this machine.
+    """Seconds of one RL step with the recipe's processes, each as fast as the one here.
+
+    A process does its share of a step; what they tell each other is not in it. Samples are drawn here by transformers,
+    whatever `rl.rollout.engine` says.
 
     Attributes:
-        sampling: Measured.
-        reward: Measured.
-        embedding: Measured.
+        sampling: Measured on a process's share.
+        reward: The same.
+        embedding: The same.
         update: An estimate: a measured forward pass over the responses, times what a backward pass costs beside it.
         steps: `rl.steps`.
         variants: Trainings of that length: `dqo` and the baselines.
+        processes: The recipe's, among which a step is divided.
+        engine: What samples in the recipe's training.
     """
 
     sampling: float
@@ -171,6 +184,8 @@ class Cost:
     update: float
     steps: int
     variants: int
+    processes: int
+    engine: str
 
     @property
     def step(self) -> float:
@@ -201,11 +216,16 @@ class Calibration:
             `method.quality_scale` divides it.
         unscorable: Share of responses without a reward.
         no_bonus: Share of responses that earn none, by `method.defences` or for want of a reward.
+        ungated: The recipe's score as it would be if every response with a reward, and with something to embed, earned
+            its bonus; `None` where they do.
+        saturated: Share of scores of a squashed reward model within 1e-3 of 0 or 1, where it hardly tells responses
+            apart; `None` for another reward.
         tied_groups: Share of groups whose rewards are all equal.
         tied_pairs: Share of pairs within groups whose rewards are equal.
         scores: Every group score; the recipe's is first.
         lengths: Tokens.
         encoder_cut: Share of responses that the encoder reads in part only.
+        encoder_cut_shares: The same of `prompts` and `references`, as far as similarities are taken to them.
         encoder: What the encoder tells apart.
         cost: Seconds.
         reasoning: What follows for alpha, in words.
@@ -226,11 +246,14 @@ class Calibration:
     quality_advantage_std: float
     unscorable: float
     no_bonus: float
+    saturated: float | None
     tied_groups: float
     tied_pairs: float
     scores: list[ScoreCalibration]
+    ungated: ScoreCalibration | None
     lengths: Lengths
     encoder_cut: float
+    encoder_cut_shares: dict[str, float]
     encoder: EncoderCheck
     cost: Cost
     reasoning: list[str] = field(default_factory=list)
@@ -282,6 +305,7 @@ def calibrate(
             "a checkpoint of the recipe's model"
         )
     device, task = default_device(), get_task(recipe.task)
+    check_defences(recipe, task)
     tell("preparing the data")
     tokenizer = load_tokenizer(recipe.policy)
     with tempfile.TemporaryDirectory() as folder:
@@ -302,6 +326,7 @@ def calibrate(
     groups: list[list[Response]] = []
     qualities: list[list[float | None]] = []
     vectors, similarities, unembedded, likelihoods = [], [], [], []
+    cut_shares: list[dict[str, float]] = []
     pick = embedded_text(method.defences.embed, method.defences.strip_reasoning, task.answer)
     cut, seconds = 0.0, _Stopwatch(device)
     for start in range(0, len(rows), step):
@@ -316,14 +341,16 @@ def calibrate(
         texts = [one.text for group in drawn for one in group]
         with seconds("reward", count):
             values = score(reward, texts, [row for row in batch for _ in range(k)])
+        cut_shares.append(getattr(reward, "cut_shares", {}))
         with seconds("embedding", count):
             picked = [pick(text) for text in texts]
             embedded = encoder([text or "" for text in picked])
         vectors.append(embedded.vectors.view(len(batch), k, -1).cpu())
         unembedded += [[text is None for text in picked[at : at + k]] for at in range(0, count, k)]
         if method.defences.min_prompt_similarity is not None:
-            questions = encoder(["".join(message["content"] for message in prompt) for prompt in asked]).vectors.cpu()
-            similarities.append((questions.unsqueeze(1) * vectors[-1]).sum(-1))
+            questions = encoder(["".join(message["content"] for message in prompt) for prompt in asked])
+            similarities.append((questions.vectors.cpu().unsqueeze(1) * vectors[-1]).sum(-1))
+            cut_shares.append({"prompts": questions.cut_share})
         with seconds("forward", count):
             likelihoods.append(_log_likelihood(model, tokenizer, asked, drawn, recipe).view(-1, k).cpu())
         cut += embedded.cut_share * count
@@ -356,14 +383,25 @@ def calibrate(
         rewards, torch.zeros_like(rewards), 0.0, method.advantage, method.quality_scale, earns=earns
     )
     advantage_std = spread(advantage, scored).std
-    group = Group(embeddings, earns, torch.cat(likelihoods))
-    scores, bonuses = _scores(recipe, group, rewards, advantage_std, share)
+    likelihood = torch.cat(likelihoods)
+    counted = earns if method.defences.unearned == "apart" else scored
+    names = list(get_args(Method.model_fields["score"].annotation))
+    names.sort(key=lambda name: name != method.score)  # the recipe's first, the others as they are
+    measured = [
+        _score(name, method, Group(embeddings, earns, likelihood), counted, rewards, advantage_std, share)
+        for name in names
+    ]
+    bonuses = measured[0][1]
+    ungated, able = None, scored & ~failed["no_answer"]
+    if not torch.equal(earns, able):
+        everyone = Group(embeddings, able, likelihood)
+        ungated, _ = _score(method.score, method, everyone, able, rewards, advantage_std, share)
 
     tell("checking the encoder")
-    tied_groups, tied_pairs = ties(rewards)
+    equal_groups, equal_pairs = ties(rewards)
     tokens = np.array([one.tokens for group in groups for one in group])
     per_response = {name: seconds.per_response(name) for name in ("sampling", "reward", "embedding", "forward")}
-    rows_of_step = step * k
+    rows_of_step = step * k / recipe.processes
     result = Calibration(
         recipe=recipe.name,
         digest=recipe.digest,
@@ -377,9 +415,11 @@ def calibrate(
         quality_advantage_std=advantage_std,
         unscorable=1 - scored.double().mean().item(),
         no_bonus=1 - earns.double().mean().item(),
-        tied_groups=tied_groups,
-        tied_pairs=tied_pairs,
-        scores=scores,
+        saturated=_saturated(recipe, rewards[scored]),
+        tied_groups=equal_groups,
+        tied_pairs=equal_pairs,
+        scores=[one for one, _ in measured],
+        ungated=ungated,
         lengths=Lengths(
             mean=float(tokens.mean()),
             median=float(np.median(tokens)),
@@ -389,6 +429,10 @@ def calibrate(
             truncated=truncated.double().mean().item(),
         ),
         encoder_cut=cut / scored.numel(),
+        encoder_cut_shares={
+            name: float(np.mean([one[name] for one in cut_shares if name in one]))
+            for name in sorted({name for one in cut_shares for name in one})
+        },
         encoder=check_encoder(encoder, recipe, [row["references"] for row in train[:_REFERENCE_PROMPTS]]),
         cost=Cost(
             sampling=per_response["sampling"] * rows_of_step,
@@ -397,6 +441,8 @@ def calibrate(
             update=per_response["forward"] * rows_of_step * _passes(recipe),
             steps=recipe.rl.steps,
             variants=len(recipe.variants),
+            processes=recipe.processes,
+            engine=recipe.rl.rollout.engine,
         ),
         responses=[
             {
@@ -412,8 +458,10 @@ def calibrate(
         ],
     )
     result.reasoning.extend(_reasoning(result, recipe))
-    result.problems.extend(_problems(result))
-    result.remarks.extend(_remarks(result, recipe, prompts))
+    # What the base model does not earn, it may after SFT, which comes before RL.
+    unreached = checkpoint is None and result.no_bonus == 1 and ungated is not None and _differs(ungated.bonus)
+    result.problems.extend(_problems(result, unreached))
+    result.remarks.extend(_remarks(result, recipe, prompts, unreached))
     return result
 
 
@@ -441,51 +489,57 @@ def spread(values: Tensor, counted: Tensor) -> Spread:
 
 
 def ties(rewards: Tensor) -> tuple[float, float]:
-    """Share of groups whose rewards are all equal, and of pairs within groups whose rewards are.
+    """Share of groups whose rewards are all equal (`dqo.rewards.tied_groups`), and of pairs within groups.
 
     Args:
-        rewards: Shape `(groups, k)`; NaN where a response could not be scored. A group with fewer than two rewards has
-            nothing to compare and counts as equal.
+        rewards: Shape `(groups, k)`; NaN where a response could not be scored.
     """
-    equal_groups, equal_pairs, pairs = 0, 0, 0
+    equal_pairs, pairs = 0, 0
     for row in rewards:
         values = row[~row.isnan()]
-        same = (values.unsqueeze(0) == values.unsqueeze(1)).triu(1).sum().item()
-        count = len(values) * (len(values) - 1) // 2
-        equal_groups += int(same == count)
-        equal_pairs, pairs = equal_pairs + int(same), pairs + count
-    return equal_groups / len(rewards), equal_pairs / pairs if pairs else math.nan
+        same = ((values.unsqueeze(0) - values.unsqueeze(1)).abs() <= TIE).triu(1).sum().item()
+        equal_pairs, pairs = equal_pairs + int(same), pairs + len(values) * (len(values) - 1) // 2
+    return tied_groups(rewards).double().mean().item(), equal_pairs / pairs if pairs else math.nan
 
 
-def _scores(
-    recipe: Recipe, group: Group, rewards: Tensor, quality_std: float, share: float
-) -> tuple[list[ScoreCalibration], Tensor]:
-    """Every score on the same groups, the recipe's first, and the bonuses of that one.
+def _saturated(recipe: Recipe, scores: Tensor) -> float | None:
+    if recipe.reward.kind != "model" or not recipe.reward.squash:
+        return None
+    return ((scores < _SATURATED) | (scores > 1 - _SATURATED)).double().mean().item()
+
+
+def _score(
+    name: str, method: Method, group: Group, counted: Tensor, rewards: Tensor, quality_std: float, share: float
+) -> tuple[ScoreCalibration, Tensor]:
+    """One score on the sampled groups, and its bonuses, which are 0 outside the group's mask.
 
     Where the recipe multiplies, what its score adds to a reward r is alpha r (s - 1), so that r (s - 1) is its bonus.
+
+    Args:
+        name: The score.
+        method: The recipe's.
+        group: Its mask holds those that earn a bonus.
+        counted: Members over which the bonus is compared, boolean, shape `(groups, k)`.
+        rewards: Shape `(groups, k)`.
+        quality_std: Spread of the quality's part of the advantage.
+        share: Share of it that the balanced alpha gives to the bonus.
     """
-    method = recipe.method
     assert group.mask is not None
-    earns = group.mask
-    names = list(get_args(Method.model_fields["score"].annotation))
-    names.sort(key=lambda name: name != method.score)  # the recipe's first, the others as they are
-    found, own = [], torch.empty(0)
-    for name in names:
-        bonus = group_score(name, method.k, method.kernel_scale, method.distinct_threshold).bonus(group)
-        if name == method.score and method.combine == "multiply":
-            bonus = (rewards * (bonus - 1)).where(earns, 0.0)
-        own = bonus if name == method.score else own
-        part = spread(bonus, earns) if earns.any() else Spread(math.nan, math.nan, math.nan, 0)
-        differs = part.std > 1e-9  # false for nan; float32 leaves a rounding where members coincide
-        found.append(
-            ScoreCalibration(
-                name,
-                part,
-                share * quality_std / part.std if differs and quality_std > 0 else None,
-                method.alpha * part.std / quality_std if quality_std > 0 and part.groups else None,
-            )
-        )
-    return found, own
+    bonus = group_score(name, method.k, method.kernel_scale, method.distinct_threshold).bonus(group)
+    if name == method.score and method.combine == "multiply":
+        bonus = (rewards * (bonus - 1)).where(group.mask, 0.0)
+    part = spread(bonus, counted) if counted.any() else Spread(math.nan, math.nan, math.nan, 0)
+    return ScoreCalibration(
+        name,
+        part,
+        share * quality_std / part.std if _differs(part) and quality_std > 0 else None,
+        method.alpha * part.std / quality_std if quality_std > 0 and part.groups else None,
+    ), bonus
+
+
+def _differs(part: Spread) -> bool:
+    """False where nothing was compared; float32 leaves a rounding where members coincide."""
+    return part.std > 1e-9  # false for nan
 
 
 # The encoder ----------------------------------------------------------------------------------------------------------
@@ -598,26 +652,72 @@ def _log_likelihood(
     groups: Sequence[Sequence[Response]],
     recipe: Recipe,
 ) -> Tensor:
-    """Log-likelihood of each response in nats, `(responses,)`, by the pass with which the trainer scores them."""
+    """Log-likelihood of each response in nats, `(responses,)`, by the pass with which the trainer scores them.
+
+    In pieces of `rl.micro_batch` sequences, and with the logits of the responses alone: those of a whole step of a 7B
+    model fill an accelerator's memory.
+    """
     encoded = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True)["input_ids"]
-    device, pad, temperature = model.device, tokenizer.pad_token_id, recipe.rl.sampling.temperature
-    drawn = [one.ids for group in groups for one in group]
-    longest = max(len(ids) for ids in drawn)
-    responses = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in drawn], device=device)
-    mask = torch.tensor([[int(at < len(ids)) for at in range(longest)] for ids in drawn], device=device)
-    rows = torch.arange(len(groups), device=device).repeat_interleave(recipe.method.k)
-    if shares_prompts(model.config) and not recipe.policy.gradient_checkpointing:
-        ids, attention = left_pad(encoded, pad, device)
-        scores = model(input_ids=ids, attention_mask=attention, completion_ids=responses, completion_mask=mask,
-                       prompt_rows=rows, temperature=temperature)  # fmt: skip
-        return scores.log_probs.sum(-1)
-    ids, attention = left_pad([encoded[row] for row in rows.tolist()], pad, device)
+    drawn = [(row, one.ids) for row, group in enumerate(groups) for one in group]
+    size = recipe.rl.micro_batch or len(drawn)
+    shares = shares_prompts(model.config) and not recipe.policy.gradient_checkpointing
+    score = _of_shared_prompts if shares else _of_whole_sequences
+    return torch.cat(
+        [
+            score(
+                model,
+                [encoded[row] for row, _ in drawn[start : start + size]],
+                [ids for _, ids in drawn[start : start + size]],
+                tokenizer.pad_token_id,
+                recipe.rl.sampling.temperature,
+            )
+            for start in range(0, len(drawn), size)
+        ]
+    )
+
+
+def _of_shared_prompts(
+    model: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad: int, temperature: float
+) -> Tensor:
+    """Log-likelihood of each response to the prompt of the same index; equal prompts are computed once."""
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    place = {ids: index for index, ids in enumerate(distinct)}
+    ids, attention = left_pad(distinct, pad, model.device)
+    completions, mask = _right_pad(responses, pad, model.device)
+    scores = model(input_ids=ids, attention_mask=attention, completion_ids=completions, completion_mask=mask,
+                   prompt_rows=torch.tensor([place[tuple(one)] for one in prompts], device=model.device),
+                   temperature=temperature)  # fmt: skip
+    log_probs: Tensor = scores.log_probs
+    return log_probs.sum(-1)
+
+
+def _of_whole_sequences(
+    model: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad: int, temperature: float
+) -> Tensor:
+    """The same of each prompt with its response, for models whose prompts cannot be shared."""
+    ids, attention = left_pad(prompts, pad, model.device)
+    completions, mask = _right_pad(responses, pad, model.device)
     attention = torch.cat([attention, mask], 1)
-    # The logits in front of each response token.
-    logits = model(input_ids=torch.cat([ids, responses], 1), attention_mask=attention,
-                   position_ids=(attention.cumsum(-1) - 1).clamp(min=0)).logits[:, -longest - 1 : -1]  # fmt: skip
-    log_probs = (logits.float() / temperature).log_softmax(-1).gather(-1, responses.unsqueeze(-1)).squeeze(-1)
-    return (log_probs * mask).sum(-1)
+    width = completions.shape[1]
+    # Models that take `logits_to_keep` put the head to those positions only; of others the rest is dropped here.
+    forward = model.get_base_model().forward if hasattr(model, "get_base_model") else model.forward
+    fewer = {"logits_to_keep": width + 1} if "logits_to_keep" in inspect.signature(forward).parameters else {}
+    logits = model(input_ids=torch.cat([ids, completions], 1), attention_mask=attention,
+                   position_ids=(attention.cumsum(-1) - 1).clamp(min=0), **fewer).logits  # fmt: skip
+    total = torch.zeros(len(completions), device=model.device)
+    for at in range(width):  # the logits in front of each token; all of them in float32 would be the largest tensor
+        scores = logits[:, at - width - 1].float() / temperature
+        chosen = scores.gather(-1, completions[:, at, None]).squeeze(-1)
+        total += (chosen - scores.logsumexp(-1)) * mask[:, at]
+    return total
+
+
+def _right_pad(sequences: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token lists padded on the right, and what of them is none, both `(rows, longest)`."""
+    longest = max(len(ids) for ids in sequences)
+    ids = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in sequences], device=device)
+    mask = torch.tensor([[int(at < len(ids)) for at in range(longest)] for ids in sequences], device=device)
+    return ids, mask
 
 
 # Words ----------------------------------------------------------------------------------------------------------------
@@ -631,31 +731,40 @@ def _reasoning(result: Calibration, recipe: Recipe) -> list[str]:
         f"Within a group, quality differs by {q:.3g} (standard deviation){scaled}"
         + (
             ", and no response earns a bonus."
-            if math.isnan(own.bonus.std)
+            if result.no_bonus == 1 or math.isnan(own.bonus.std)
             else f" and the bonus by {own.bonus.std:.3g} {unit}."
         )
     ]
-    if own.share is not None:
+    if own.share is not None and result.no_bonus < 1:
         words.append(
             f"At the recipe's alpha = {result.alpha:g} the bonus weighs {result.alpha * own.bonus.std:.3g}, "
             f"{own.share:.0%} of what quality weighs; the most and the least different member of a group are "
             f"{result.alpha * own.bonus.range:.3g} of quality apart."
         )
     if own.name == "log_volume" and recipe.method.kernel_scale == 1.0:
-        room = math.log(2) - math.log1p(1 / result.k)
+        held_against = recipe.method.defences.unearned == "zero" and result.ungated is not None
+        room = math.log(2) - (0.0 if held_against else math.log1p(1 / result.k))
         words.append(
             f"The bonus lies between {math.log1p(1 / result.k):.3f} (it repeats all others) and {math.log(2):.3f} nats "
-            f"(it is unlike all others): at most {result.alpha * room:.3g} of quality at that alpha."
+            f"(it is unlike all others){', and is 0 where none is earned' if held_against else ''}: at most "
+            f"{result.alpha * room:.3g} of quality at that alpha."
         )
     if own.balanced_alpha is not None:
         words.append(
             f"alpha = {own.balanced_alpha:.2g} gives the bonus {result.share:.0%} of the quality's weight at the first "
             "step. The share grows as training raises the quality and its spread shrinks, so begin low."
         )
+    if result.ungated is not None and _differs(result.ungated.bonus):
+        balanced = result.ungated.balanced_alpha
+        words.append(
+            f"If every response earned its bonus ({result.no_bonus:.0%} earn none), it would differ by "
+            f"{result.ungated.bonus.std:.3g} {unit}"
+            + (f", and alpha = {balanced:.2g} would give it {result.share:.0%}." if balanced is not None else ".")
+        )
     return words
 
 
-def _problems(result: Calibration) -> list[str]:
+def _problems(result: Calibration, unreached: bool) -> list[str]:
     found = []
     if result.quality_advantage_std == 0 or result.tied_groups == 1:
         found.append(
@@ -663,11 +772,10 @@ def _problems(result: Calibration) -> list[str]:
             "reward, the prompts or the policy (SFT first?)"
         )
     own = result.scores[0]
-    if not own.bonus.std > 1e-9 and result.alpha > 0:
+    if not _differs(own.bonus) and result.alpha > 0 and not unreached:
         found.append(
             f"the bonus of {own.name} is equal for all members of every group: alpha has nothing to weigh"
             + (f" ({result.no_bonus:.0%} of the responses earn none, see method.defences)" if result.no_bonus else "")
-            + ("; sample from the SFT checkpoint, which may do better" if result.no_bonus == 1 else "")
         )
     for kind, area in (("an unrelated sentence", result.encoder.auc_unrelated),
                        ("another answer about the same things", result.encoder.auc_same_topic)):  # fmt: skip
@@ -679,8 +787,14 @@ def _problems(result: Calibration) -> list[str]:
     return found
 
 
-def _remarks(result: Calibration, recipe: Recipe, prompts: int) -> list[str]:
+def _remarks(result: Calibration, recipe: Recipe, prompts: int, unreached: bool) -> list[str]:
     health, found = recipe.rl.health, []
+    if unreached:
+        found.append(
+            "no response of the base model earns a bonus (method.defences); what would be if each did is shown beside. "
+            "RL begins with the SFT checkpoint; once `dqo run` has trained that (it may be interrupted then), sample "
+            "from it with --checkpoint <out>/workspace/stages/sft-<key>/output"
+        )
     if result.prompts < prompts:
         found.append(f"{prompts} prompts were asked for, the training data holds {result.prompts}")
     for value, limit, words in (
@@ -691,6 +805,15 @@ def _remarks(result: Calibration, recipe: Recipe, prompts: int) -> list[str]:
     ):
         if limit is not None and value > limit:
             found.append(f"{value:.0%} {words}, more than {limit:.0%}")
+    for name, value in result.encoder_cut_shares.items():
+        if value > 0:
+            found.append(f"{value:.0%} of the {name} are cut by the encoder: what comes behind is in no similarity")
+    if result.saturated is not None and result.saturated > _SATURATED_SHARE:
+        found.append(
+            f"{result.saturated:.0%} of the reward model's scores are within {_SATURATED:g} of 0 or 1, where the "
+            "logistic function leaves no difference between responses: reward.squash false keeps the model's unit, in "
+            "which alpha, min_quality and gate.max_quality_loss are read then"
+        )
     if result.score == "distinct" and result.encoder.linked["paraphrase"] < 0.5:
         found.append(
             f"method.distinct_threshold = {recipe.method.distinct_threshold:g} takes only "

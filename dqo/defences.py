@@ -7,9 +7,15 @@ unlike, and its advantage is that of its quality alone (docs/method.md).
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
+from dqo.errors import DQOError
+from dqo.tasks.base import Task
+
+if TYPE_CHECKING:  # `check` is asked where nothing is computed
+    from torch import Tensor
+
+    from dqo.recipe import Recipe
 
 # A reasoning model's thoughts; without an end mark they never ended.
 _REASONING = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
@@ -38,8 +44,8 @@ class Defences:
     min_prompt_similarity: float | None = None
 
     def failed(
-        self, rewards: Tensor, truncated: Tensor, tokens: Tensor, similarity: Tensor | None
-    ) -> dict[str, Tensor]:
+        self, rewards: "Tensor", truncated: "Tensor", tokens: "Tensor", similarity: "Tensor | None"
+    ) -> "dict[str, Tensor]":
         """Say which members fail which condition.
 
         Args:
@@ -69,6 +75,21 @@ class Defences:
                 raise ValueError("min_prompt_similarity is set, but no similarity was given")
             found["min_prompt_similarity"] = similarity < self.min_prompt_similarity
         return found
+
+
+def check(recipe: "Recipe", task: Task) -> None:
+    """Find out before anything is trained whether a recipe's defences do something for its task.
+
+    Raises:
+        DQOError: If part of each response is to be embedded and the task does not say where the answer stands, so that
+            all of it would be.
+    """
+    embed = recipe.method.defences.embed
+    if embed != "response" and task.answer is None:
+        raise DQOError(
+            f"method.defences.embed: got {embed!r}, but task {task.name!r} does not say where in a response its answer "
+            "stands; expected 'response', or a task with `answer` (docs/tasks.md)"
+        )
 
 
 def embedded_text(

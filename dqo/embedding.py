@@ -17,11 +17,16 @@ class Embedded:
 
     Attributes:
         vectors: Unit-norm, float32, shape `(texts, d)`.
-        cut_share: Share of the texts that were longer than the encoder reads.
+        cut: For each text, whether it was longer than the encoder reads.
     """
 
     vectors: Tensor
-    cut_share: float
+    cut: list[bool]
+
+    @property
+    def cut_share(self) -> float:
+        """Share of the texts that were cut."""
+        return sum(self.cut) / len(self.cut)
 
 
 class ResponseEncoder:
@@ -83,8 +88,8 @@ class ResponseEncoder:
                 f"{text[:80]!r}; expected a finite vector that is not zero (is this a sentence encoder?)"
             )
         rows = torch.tensor([position[text] for text in texts])
-        cut = sum(lengths[text] >= self._max_tokens for text in texts)
-        return Embedded((stacked / norms)[rows.to(stacked.device)], cut / len(texts))
+        cut = [lengths[text] >= self._max_tokens for text in texts]
+        return Embedded((stacked / norms)[rows.to(stacked.device)], cut)
 
     def _lengths(self, texts: Sequence[str]) -> dict[str, int]:
         """Tokens of each text as the encoder reads it, cut at its limit."""

@@ -5,6 +5,8 @@ for that many steps in a row, once for each such streak. Nothing is remembered b
 from its history is judged as if it had never been interrupted. A step at which the figure was not measured (missing, or
 not a number) ends a streak: what is not known stops nothing. All thresholds of the defaults are [ours].
 
+`frac_reward_zero_std` is the share of groups with equal rewards as `dqo.rewards.tied_groups` has it, under TRL's name.
+
 | rule | figure of a step | past the threshold |
 |---|---|---|
 | `zero_variance` | `frac_reward_zero_std` | above `max` |

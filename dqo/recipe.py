@@ -1101,12 +1101,19 @@ class Recipe(_Section):
                 f"method.defences.max_tokens: got {defences.max_tokens}; expected less than rl.sampling.max_new_tokens "
                 f"= {most}, which no response exceeds, or drop_truncated for those that reach it"
             )
-        bounded = self.reward.kind != "model" or self.reward.squash
-        if defences.min_quality is not None and defences.min_quality > 1 and bounded:
-            problems.append(
-                f"method.defences.min_quality: got {defences.min_quality:g}, which no response reaches: this reward is "
-                "1 at most; expected at most 1"
-            )
+        floor, model = defences.min_quality, self.reward.kind == "model"
+        if floor is not None and (not model or self.reward.squash):
+            if floor <= 0:
+                problems.append(
+                    f"method.defences.min_quality: got {floor:g}, which every response reaches: this reward is 0 at "
+                    "least; expected more than 0, or null"
+                )
+            elif floor > 1 or (model and floor == 1):
+                bound, words = ("below 1", "less than") if model else ("1 at most", "at most")
+                problems.append(
+                    f"method.defences.min_quality: got {floor:g}, which no response reaches: this reward is {bound}; "
+                    f"expected {words} 1"
+                )
         return problems
 
     def _gate_fits(self) -> list[str]:
@@ -1266,6 +1273,13 @@ class Recipe(_Section):
             found.append(
                 "method: with k = 2 both members have the same bonus, so advantage 'centred' cancels it and alpha has "
                 "no effect; use k >= 3, or advantage 'decoupled' or 'paper'"
+            )
+        defences = self.method.defences
+        if defences.unearned != Defences().unearned and not defences.conditional:
+            # No error: a recipe that was written out with its defaults by an earlier version holds that one's.
+            found.append(
+                f"method.defences.unearned: got {defences.unearned!r} without a condition that a response could fail, "
+                "so it has no effect; set one of method.defences, or leave it out"
             )
         return found
 

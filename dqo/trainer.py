@@ -30,6 +30,7 @@ from dqo.diversity import Group, group_score
 from dqo.embedding import ResponseEncoder
 from dqo.errors import DQOError
 from dqo.recipe import SHARES, Sampling
+from dqo.rewards import tied_groups
 from dqo.shared_prompt import add_shared_prompt_forward
 
 
@@ -238,8 +239,9 @@ class DQOTrainer(GRPOTrainer):
             self._gathered_truncated = gather(torch.tensor(cut, device=device))
             self._gathered_tokens = gather(torch.tensor([len(ids) for ids in completion_ids_list], device=device))
             if self.args.min_prompt_similarity is not None:
-                asked = self.encoder([_text(prompt) for prompt in prompts]).vectors.to(device)
-                self._gathered_similarity = gather((asked * vectors).sum(-1))
+                asked = self.encoder([_text(prompt) for prompt in prompts])
+                self._gathered_similarity = gather((asked.vectors.to(device) * vectors).sum(-1))
+                self._log_metric("encoder_cut_share/prompts", asked.cut_share)  # averaged over processes by TRL
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -314,6 +316,10 @@ class DQOTrainer(GRPOTrainer):
         if self.args.quality == "reward":
             metrics["quality"].append(rewards[scored].mean().item())
             metrics["unscorable_rate"].append((~scored).float().mean().item())
+            # TRL's own, under its name, asks whether a standard deviation is within 1e-8 of 0, which that of eight
+            # times 2/3 is not; it takes the batch's for each group's where that scales the quality, and NaN, of a
+            # group with fewer than two rewards, for a difference.
+            metrics["frac_reward_zero_std"][-1] = tied_groups(rewards).float().mean().item()
         if volume is not None:
             metrics["bonus"].append(bonus[scored].mean().item())
             metrics["no_bonus_rate"].append(torch.stack(list(failed.values())).any(0).float().mean().item())

@@ -99,8 +99,11 @@ def show(console: Console, result: "Calibration") -> None:
     table = _table("Differences within a group", "", "std", "range", "mean", f"alpha for {result.share:.0%}", "share")
     quality = result.quality
     table.add_row("quality", _number(quality.std), _number(quality.range), _number(quality.mean), "", "")
-    for one in result.scores:
-        name = f"bonus, {one.name}" + (" (the recipe's)" if one.name == result.score else "")
+    rows = [(f"bonus, {one.name}" + (" (the recipe's)" if one.name == result.score else ""), one)
+            for one in result.scores]  # fmt: skip
+    if result.ungated is not None:
+        rows.insert(1, ("  if every response earned it", result.ungated))
+    for name, one in rows:
         table.add_row(
             name,
             _number(one.bonus.std),
@@ -167,6 +170,13 @@ def show(console: Console, result: "Calibration") -> None:
         f"{_minutes(cost.run)} (estimate)",
         soft_wrap=True,
     )
+    notes = []
+    if cost.processes > 1:
+        notes.append(f"with {cost.processes} processes, each as fast as the one here and without what they exchange")
+    if cost.engine != "transformers":
+        notes.append(f"sampled here by transformers; the recipe's {cost.engine} is usually faster")
+    if notes:
+        console.print(f"[dim]{'; '.join(notes)}[/]", soft_wrap=True)
     for remark in result.remarks:
         console.print(f"[yellow]! {remark}[/]", soft_wrap=True)
 

@@ -240,26 +240,25 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _about_the_task(recipe: "Recipe") -> list[str]:
-    """What only the task itself can say of a recipe; one of a user's own need not be on this machine."""
+    """What only the task itself can say of a recipe; one of a user's own need not be on this machine.
+
+    Raises:
+        DQOError: If the task is there, and recipe and task do not fit.
+    """
     from dqo.tasks import TASKS, get_task
 
-    embed = recipe.method.defences.embed
-    if recipe.task in TASKS and recipe.reward.kind != "rule" and embed == "response":
+    if recipe.task in TASKS and recipe.reward.kind != "rule" and recipe.method.defences.embed == "response":
         return []  # nothing to ask, and the modules of tasks load large libraries
-    from dqo import rewards
+    from dqo import defences, rewards
 
     try:
         task = get_task(recipe.task)
-        rewards.kind(recipe, task)
     except DQOError as error:
         if recipe.task in TASKS:
             raise
         return [f"on this machine, {error}"]
-    if embed != "response" and task.answer is None:
-        return [
-            f"method.defences.embed: got {embed!r}, but task {task.name!r} does not say where in a response its answer "
-            "stands, so all of it is embedded"
-        ]
+    rewards.kind(recipe, task)
+    defences.check(recipe, task)
     return []
 
 

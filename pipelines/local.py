@@ -109,7 +109,7 @@ def start(recipe: Recipe, folder: RunFolder, fresh: bool, docker: Docker | None 
     Raises:
         DQOError: If the data, a model, the reward, the judge or MLflow cannot be used; nothing has been started then.
     """
-    from dqo import judges, rewards
+    from dqo import defences, judges, rewards
     from dqo.bundled import identity
     from dqo.data import source_fingerprint
     from dqo.distributed import require_machine
@@ -121,6 +121,7 @@ def start(recipe: Recipe, folder: RunFolder, fresh: bool, docker: Docker | None 
     task = get_task(recipe.task)
     source = source_fingerprint(recipe.data, task)
     rewards.check(recipe, task)
+    defences.check(recipe, task)
     if recipe.judge is not None:
         judges.check(recipe.judge)
     # Only a look: rebuilding the bundled model (once) is for the runner's process, whose output goes to the log.

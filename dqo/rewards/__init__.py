@@ -70,6 +70,26 @@ def score(reward: Reward, responses: Sequence[str], rows: Sequence[Row]) -> list
     return values
 
 
+TIE = 1e-6
+"""Rewards that differ by no more than this are equal: what float32 leaves of sums and means."""
+
+
+def tied_groups(rewards: "torch.Tensor") -> "torch.Tensor":
+    """Say which groups' rewards are all equal, so that they teach nothing about quality.
+
+    Args:
+        rewards: Shape `(groups, k)`; NaN where a response could not be scored. A group with fewer than two rewards has
+            nothing to compare and counts as equal.
+
+    Returns:
+        Boolean, shape `(groups,)`.
+    """
+    unscored = rewards.isnan()
+    highest = rewards.masked_fill(unscored, -math.inf).amax(1)
+    lowest = rewards.masked_fill(unscored, math.inf).amin(1)
+    return highest - lowest <= TIE  # -inf without any reward
+
+
 class TrlReward:
     """A reward in the form that TRL calls.
 
@@ -84,13 +104,22 @@ class TrlReward:
         self.__name__ = reward.name  # TRL's name for it in logs
 
     def __call__(self, completions: list[Any], prompts: list[Any], **columns: Any) -> list[float | None]:
-        """Score completions; see `score`."""
+        """Score completions; see `score`.
+
+        With TRL's `log_metric` among the columns, the shares of prompts and references that the encoder of reference
+        similarity has cut are logged as `encoder_cut_share/prompts` and `encoder_cut_share/references`.
+        """
         texts = [one if isinstance(one, str) else one[-1]["content"] for one in completions]
         rows = [
             {"prompt": prompts[index], **{name: columns[name][index] for name in self._fields}}
             for index in range(len(texts))
         ]
-        return score(self._reward, texts, rows)
+        values = score(self._reward, texts, rows)
+        log = columns.get("log_metric")
+        if log is not None:
+            for name, share in getattr(self._reward, "cut_shares", {}).items():
+                log(f"encoder_cut_share/{name}", share)
+        return values
 
 
 def kind(recipe: Recipe, task: Task) -> Literal["rule", "reference_similarity", "model"]:

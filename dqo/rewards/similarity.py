@@ -54,6 +54,10 @@ class ReferenceSimilarity:
 
     Args:
         encoder: Embeds responses, references and prompts.
+
+    Attributes:
+        cut_shares: Share of the last call's `prompts` and `references` that the encoder has read in part only: their
+            ends are in no similarity. Empty where nothing was embedded.
     """
 
     name = "reference_similarity"
@@ -61,15 +65,25 @@ class ReferenceSimilarity:
     def __init__(self, encoder: ResponseEncoder) -> None:
         self._encoder = encoder
         self._known: dict[str, Tensor] = {}
+        self._cut: set[str] = set()
+        self.cut_shares: dict[str, float] = {}
 
     def __call__(self, responses: Sequence[str], rows: Sequence[Row]) -> list[float | None]:
         """See `dqo.rewards.Reward`; rows hold `references` and `prompt`. A response without words is worth 0."""
         values: list[float | None] = [0.0] * len(responses)
         judged = [index for index, text in enumerate(responses) if _WORD.search(text)]
+        self.cut_shares = {}
         if not judged:
             return values
         prompts = [_text(row["prompt"]) for row in rows]
         self._embed(text for index in judged for text in (prompts[index], *rows[index]["references"]))
+        compared = {
+            "prompts": [prompts[index] for index in judged],
+            "references": [text for index in judged for text in rows[index]["references"]],
+        }
+        self.cut_shares = {
+            name: sum(text in self._cut for text in texts) / len(texts) for name, texts in compared.items()
+        }
         vectors = self._encoder([responses[index] for index in judged]).vectors
         for index, vector in zip(judged, vectors, strict=True):
             references = rows[index]["references"]
@@ -84,7 +98,9 @@ class ReferenceSimilarity:
     def _embed(self, texts: Iterable[str]) -> None:
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         if new:
-            self._known |= dict(zip(new, self._encoder(new).vectors, strict=True))
+            embedded = self._encoder(new)
+            self._known |= dict(zip(new, embedded.vectors, strict=True))
+            self._cut |= {text for text, cut in zip(new, embedded.cut, strict=True) if cut}
 
 
 def copied(response: str, prompt: str, references: Sequence[str]) -> float:

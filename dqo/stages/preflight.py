@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dqo import judges, rewards, tracking
+from dqo import defences, judges, rewards, tracking
 from dqo.bundled import identity
 from dqo.errors import DQOError
 from dqo.judges.labelled import labelled_of
@@ -86,6 +86,7 @@ def run(
         ("Policy", lambda: _configuration("policy.model", recipe.policy.model, recipe.policy.revision)),
         ("Encoder", lambda: _encoder(recipe)),
         ("Reward", lambda: _reward(recipe)),
+        ("Defences", lambda: _defences(recipe)),
     ]
     # On a slow node the libraries that read models take longer to import than a check may: that is no check's fault.
     import dqo.policy  # noqa: F401
@@ -348,6 +349,11 @@ def _reward(recipe: Recipe) -> str:
     if kind != "model":
         return kind
     return _reward_model(recipe.reward, "reward")
+
+
+def _defences(recipe: Recipe) -> str:
+    defences.check(recipe, get_task(recipe.task))
+    return f"what is embedded of a response: {recipe.method.defences.embed}"
 
 
 def _reward_model(spec: Reward, field: str) -> str:

@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from dqo import rewards, tracking
+from dqo import defences, rewards, tracking
 from dqo.bundled import identity
 from dqo.data import DataCard, prepare, read_rows, source_fingerprint
 from dqo.files import write_text
@@ -35,6 +35,7 @@ def run(context: Context, data: Path, skip_unchanged: bool = False) -> str:
     recipe = context.recipe
     task = get_task(recipe.task)
     rewards.check(recipe, task)  # rather than after the hours of SFT
+    defences.check(recipe, task)
     key = stage_key(
         task=recipe.task,
         data=recipe.data.model_dump(),

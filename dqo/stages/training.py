@@ -46,6 +46,8 @@ _METRICS = {
     "no_bonus_min_prompt_similarity": "no_bonus_rate/min_prompt_similarity",
     "no_bonus_no_answer": "no_bonus_rate/no_answer",
     "encoder_cut_share": "encoder_cut_share",
+    "encoder_cut_prompts": "encoder_cut_share/prompts",
+    "encoder_cut_references": "encoder_cut_share/references",
     "mean_tokens": "mean_tokens",
     "demonstration_nll": "demonstration_nll",
     "entropy": "entropy",
@@ -115,6 +117,7 @@ class _Recorder(TrainerCallback):
         self._tables = tables
         self.logged = run.last_step("train/loss")
         self.rows: list[dict[str, float]] = []
+        self._cut_told: set[str] = set()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._progress("step", state.global_step, state.max_steps)
@@ -127,11 +130,25 @@ class _Recorder(TrainerCallback):
         self.rows.append({"step": state.global_step, **row})
         write_jsonl(self._history, self.rows)
         self._progress("step", state.global_step, state.max_steps, metrics=row)
+        self._tell_what_is_cut(row)
         if state.global_step <= self.logged:
             return  # trained again after an interruption, and in MLflow already
         if self._tables is not None:
             self._tables(state.global_step)
         self._run.metrics({f"train/{name}": value for name, value in row.items()}, state.global_step)
+
+    def _tell_what_is_cut(self, row: dict[str, float]) -> None:
+        """Once for prompts and once for references: unlike responses, these do not change as training goes on."""
+        for name in ("prompts", "references"):
+            share = row.get(f"encoder_cut_{name}", 0.0)
+            if share > 0 and name not in self._cut_told:
+                self._cut_told.add(name)
+                message = (
+                    f"the encoder reads {share:.0%} of this step's {name} in part only: what comes behind its limit is "
+                    "in no similarity (encoder.max_tokens, or the encoder's own limit)"
+                )
+                self._progress("warning", message=message)
+                self._run.tags({f"dqo.encoder_cut_{name}": message})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._run.metrics({"train/checkpoint": state.global_step}, state.global_step)
@@ -375,16 +392,24 @@ def publish(folder: StageFolder, run: Run, destination: Path) -> None:
 
 
 def parameters(recipe: Recipe, settings: dict[str, Any]) -> dict[str, Any]:
-    """What MLflow's compare page shows of a training run."""
+    """What MLflow's compare page shows of a training run; the names are those of docs/metrics.md."""
     names = (
-        "alpha", "advantage", "score", "combine", "kernel_scale", "num_generations", "max_steps", "learning_rate",
-        "temperature", "top_p", "max_completion_length", "beta", "loss_type", "scale_rewards", "seed", "bf16",
-        "per_device_train_batch_size", "gradient_accumulation_steps",
+        "alpha", "advantage", "score", "combine", "kernel_scale", "distinct_threshold", "num_generations", "max_steps",
+        "learning_rate", "temperature", "top_p", "max_completion_length", "beta", "loss_type", "scale_rewards", "seed",
+        "bf16", "per_device_train_batch_size", "gradient_accumulation_steps",
     )  # fmt: skip
+    # Conditions of a bonus are those of RL; what is embedded of a response counts in SFT too.
+    everywhere = {"embed", "strip_reasoning"}
+    defences = {
+        name: value
+        for name, value in recipe.method.defences.model_dump().items()
+        if name in settings or name in everywhere
+    }
     return {
         "policy.model": recipe.policy.model,
         "policy.lora": json.dumps(recipe.policy.lora.model_dump()) if recipe.policy.lora else "full fine-tuning",
         "encoder.model": recipe.encoder.model,
         **{f"distributed.{name}": value for name, value in recipe.layout.items()},
         **{name: settings[name] for name in names},
+        **{f"defences.{name}": value for name, value in defences.items()},
     }

@@ -1,4 +1,4 @@
-"""Time of every group score for a batch of groups, embeddings given; printed side by side with the log-volume's."""
+"""Time of every group score for a batch of groups, embeddings given, beside the log-volume's and beside its limit."""
 
 from typing import get_args
 
@@ -11,6 +11,9 @@ from dqo.diversity import Group, group_score
 from dqo.recipe import Score
 
 pytestmark = pytest.mark.benchmark
+# What a score may take on two processors, so that it is nothing beside a step of training; printed and not asserted,
+# since a busy machine is no defect.
+LIMIT, LIMIT_OF_THE_DETERMINANT = 50.0, 5.0
 
 
 def test_scores_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
@@ -25,5 +28,10 @@ def test_scores_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():
         print(f"\n{prompts} prompts x k = {k} x d = {dimension}, {torch.get_num_threads()} threads")
         for name, value in milliseconds.items():
-            print(f"{name:>16}: {value:7.2f} ms, {value / milliseconds['log_volume']:5.1f} x log_volume")
+            limit = LIMIT_OF_THE_DETERMINANT if name == "log-determinant" else LIMIT
+            print(
+                f"{name:>16}: {value:7.2f} ms of {limit:2.0f} ({'met' if value <= limit else 'MISSED'}), "
+                f"{value / milliseconds['log_volume']:5.1f} x log_volume"
+            )
+    assert torch.get_num_threads() == 2
     assert all(bonus(group).isfinite().all() for bonus in scores.values())

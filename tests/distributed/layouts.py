@@ -24,6 +24,13 @@ from dqo.recipe import Policy
 from dqo.trainer import DQOConfig
 
 STEPS = 3
+
+
+def halves_alike(completions, **_):
+    """2/3 or 1/3 by the number of words: of the middle group, which two processes share, one half may be tied alone."""
+    return [(2 if len(completion[-1]["content"].split()) > 1 else 1) / 3 for completion in completions]
+
+
 SCORES = typing.get_args(typing.get_type_hints(DQOConfig)["score"])
 FORMS = ("decoupled", "centred", "paper")
 ACCUMULATIONS = (1, 3)
@@ -31,6 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
     **{f"rl-{score}": {"score": score, "advantage": FORMS[i % 3]} for i, score in enumerate(SCORES)},
     "rl-reward-only": {"alpha": 0.0, "scale_rewards": "batch"},
     "rl-defended": {"drop_truncated": True, "min_prompt_similarity": 0.0, "min_quality": 0.15},
+    "rl-tied": {"reward_funcs": halves_alike, "scale_rewards": "batch"},
     "rl-kl": {"beta": 0.1, "learning_rate": 2.0},
     "rl-full-fine-tuning": {"lora": False, "learning_rate": 0.05},
     "sft": {"quality": "demonstration", "alpha": 0.7},

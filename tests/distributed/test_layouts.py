@@ -13,11 +13,12 @@ import torch
 from layouts import ACCUMULATIONS, CASES, SPLIT, STEPS, run
 
 ROOT = Path(__file__).parents[2]
-# Not compared: TRL's entropy, kl and clip ratios, which average over processes the means over what each of them holds.
 SAME = (
     "loss", "grad_norm", "quality", "bonus", "log_volume", "demonstration_nll", "duplicate_rate", "truncation_rate",
     "unscorable_rate", "no_bonus_rate", "encoder_cut_share", "mean_tokens", "reward_std", "frac_reward_zero_std",
 )  # fmt: skip
+# TRL's means over the tokens of all processes, but of one micro-batch: over several it takes the mean of their means.
+SAME_WITHOUT_ACCUMULATION = ("entropy", "kl", "clip_ratio/region_mean")
 
 pytestmark = pytest.mark.slow
 
@@ -62,21 +63,30 @@ def one_process(tiny_policy, tiny_encoder, tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_train_what_one_trains(one_process, two_processes, name, accumulation):
     """Three groups of four: the middle one is cut in half, and with three micro-batches each group is."""
-    compare(one_process[name], two_processes, f"{name}-{accumulation}")
+    metrics = SAME if accumulation > 1 else (*SAME, *SAME_WITHOUT_ACCUMULATION)
+    compare(one_process[name], two_processes, f"{name}-{accumulation}", metrics)
+
+
+def test_what_is_compared_is_measured(one_process):
+    """A name that no run logs would compare nothing; the ties are those of whole groups."""
+    logged = {name for result in one_process.values() for row in result["history"] for name in row}
+    assert set(SAME) | set(SAME_WITHOUT_ACCUMULATION) <= logged
+    assert max(row["kl"] for row in one_process["rl-kl"]["history"]) > 1e-4
+    assert {round(3 * row["frac_reward_zero_std"], 6) for row in one_process["rl-tied"]["history"]} & {1.0, 2.0}
 
 
 @pytest.mark.parametrize("name", SPLIT)
 def test_a_model_split_over_two_processes_trains_as_a_whole_one(one_process, two_halves, name):
     """PyTorch's FSDP2 with the settings of `strategy: fsdp`, on CPUs that accelerate takes for accelerators."""
-    compare(one_process[name], two_halves, f"{name}-fsdp")
+    compare(one_process[name], two_halves, f"{name}-fsdp", (*SAME, *SAME_WITHOUT_ACCUMULATION))
 
 
-def compare(alone: dict[str, Any], folder: Path, run: str) -> None:
+def compare(alone: dict[str, Any], folder: Path, run: str, metrics: tuple[str, ...]) -> None:
     ranks = [torch.load(folder / f"{run}-{rank}.pt") for rank in (0, 1)]
     assert len(alone["history"]) == STEPS
     for step, row in enumerate(alone["history"]):
         for rank in ranks:
-            compared = [metric for metric in SAME if metric in row]
+            compared = [metric for metric in metrics if metric in row]
             assert {"loss", "grad_norm"} <= set(compared)
             got = {metric: rank["history"][step][metric] for metric in compared}
             assert got == pytest.approx({metric: row[metric] for metric in compared}, rel=1e-4, abs=2e-6), step

@@ -24,7 +24,7 @@ from pipeline.tiny_runs import (
     write_recipe,
 )
 
-from dqo.recipe import load
+from dqo.recipe import Defences, load
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,11 @@ def test_mlflow_holds_the_lineage(finished):
     assert all(run.info.status == "FINISHED" for run in runs.values())
     assert len(client.get_metric_history(runs["rl-dqo"].info.run_id, "train/log_volume")) == 4
     assert runs["rl-dqo"].data.params["alpha"] == "1.0" and runs["rl-reward_only"].data.params["alpha"] == "0.0"
+    shown = runs["rl-dqo"].data.params
+    assert {f"defences.{name}" for name in Defences.model_fields} < shown.keys()
+    assert {name for name in runs["sft"].data.params if name.startswith("defences.")} == {
+        "defences.embed", "defences.strip_reasoning"
+    }  # fmt: skip
     assert runs["rl-dqo"].inputs.dataset_inputs
     for name in ("base", "sft", "rl-reward_only", "rl-dqo"):
         assert {"eval/quality", "eval/log_volume", "eval/self_bleu_diversity"} <= runs[name].data.metrics.keys()

@@ -64,22 +64,28 @@ class Toy:
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
-    assert expected.abs().max() > 1e-3, "the test would show nothing"
+    assert expected.abs().max() > 1e-6, "the test would show nothing"
     torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
 
 
-SIZES = pytest.mark.parametrize(("m", "k"), [(4, 2), (4, 3), (3, 5)])
+def drawn(least_k: int = 2, most: int = 128) -> Callable:
+    """Toys by hypothesis: answers, group size and seed of embeddings, rewards and policy, with at most `most` groups.
+
+    They are drawn at random and not the same each time, so what holds for them holds for no special case.
+    """
+    sizes = [(m, k) for m in range(2, 7) for k in range(least_k, 6) if m**k <= most]
+    toys = st.builds(lambda size, seed: Toy(*size, seed), st.sampled_from(sizes), st.integers(0, 2**31 - 1))
+    return lambda test: settings(deadline=None, max_examples=15)(given(toy=toys, alpha=st.floats(0.05, 8.0))(test))
 
 
 # --- what is estimated ------------------------------------------------------------------------------------------------
 
 
-@SIZES
-def test_paper_estimates_the_objective(m: int, k: int) -> None:
-    toy = Toy(m, k)
-    groups = toy.groups(k)
-    advantages = group_advantages(*toy.inputs(groups), ALPHA, "paper")
-    close(toy.estimate(groups, advantages), toy.gradient(lambda g: toy.total_reward(g) + ALPHA * toy.volume(g), k))
+@drawn()
+def test_paper_estimates_the_objective(toy: Toy, alpha: float) -> None:
+    groups = toy.groups(toy.k)
+    advantages = group_advantages(*toy.inputs(groups), alpha, "paper")
+    close(toy.estimate(groups, advantages), toy.gradient(lambda g: toy.total_reward(g) + alpha * toy.volume(g), toy.k))
 
 
 def test_paper_estimates_the_objective_with_unscored_responses() -> None:
@@ -90,46 +96,42 @@ def test_paper_estimates_the_objective_with_unscored_responses() -> None:
     close(toy.estimate(groups, advantages), toy.gradient(lambda g: toy.total_reward(g) + ALPHA * toy.volume(g), 3))
 
 
-@SIZES
-def test_centred_estimates_the_objective_of_one_response_less(m: int, k: int) -> None:
-    toy = Toy(m, k)
-    groups = toy.groups(k)
-    advantages = group_advantages(*toy.inputs(groups), ALPHA, "centred")
+@drawn()
+def test_centred_estimates_the_objective_of_one_response_less(toy: Toy, alpha: float) -> None:
+    groups = toy.groups(toy.k)
+    advantages = group_advantages(*toy.inputs(groups), alpha, "centred")
     close(
         toy.estimate(groups, advantages),
-        toy.gradient(lambda g: toy.total_reward(g) + ALPHA * toy.volume(g), k - 1),
+        toy.gradient(lambda g: toy.total_reward(g) + alpha * toy.volume(g), toy.k - 1),
     )
 
 
-@pytest.mark.parametrize(("m", "k"), [(4, 3), (3, 5)])
-def test_centred_bonus_alone_has_factor_one(m: int, k: int) -> None:
-    toy = Toy(m, k)
-    groups = toy.groups(k)
+@drawn(least_k=3)
+def test_centred_bonus_alone_has_factor_one(toy: Toy, alpha: float) -> None:
+    groups = toy.groups(toy.k)
     _, bonus = toy.inputs(groups)
-    advantages = group_advantages(torch.zeros_like(bonus), bonus, 1.0, "centred")
-    close(toy.estimate(groups, advantages), toy.gradient(toy.volume, k - 1))
+    advantages = group_advantages(torch.zeros_like(bonus), bonus, alpha, "centred")
+    close(toy.estimate(groups, advantages), alpha * toy.gradient(toy.volume, toy.k - 1))
 
 
-@SIZES
-def test_centred_reward_alone_loses_one_kth(m: int, k: int) -> None:
-    toy = Toy(m, k)
-    groups = toy.groups(k)
+@drawn()
+def test_centred_reward_alone_loses_one_kth(toy: Toy, alpha: float) -> None:
+    k, groups = toy.k, toy.groups(toy.k)
     rewards, bonus = toy.inputs(groups)
     for form in ("centred", "decoupled"):
         advantages = group_advantages(rewards, bonus, 0.0, form)
         close(toy.estimate(groups, advantages), (k - 1) / k * toy.gradient(toy.total_reward, k))
 
 
-@SIZES
-def test_decoupled_keeps_the_whole_bonus_with_a_constant(m: int, k: int) -> None:
-    toy = Toy(m, k)
-    groups = toy.groups(k)
+@drawn(most=81)
+def test_decoupled_keeps_the_whole_bonus_with_a_constant(toy: Toy, alpha: float) -> None:
+    k, groups = toy.k, toy.groups(toy.k)
     rewards, bonus = toy.inputs(groups)
     # Each group by itself, so that there is no other group to take the baseline from.
     advantages = torch.cat(
-        [group_advantages(rewards[i, None], bonus[i, None], ALPHA, "decoupled") for i in range(m**k)]
+        [group_advantages(rewards[i, None], bonus[i, None], alpha, "decoupled") for i in range(toy.m**k)]
     )
-    expected = (k - 1) / k * toy.gradient(toy.total_reward, k) + ALPHA * toy.gradient(toy.volume, k)
+    expected = (k - 1) / k * toy.gradient(toy.total_reward, k) + alpha * toy.gradient(toy.volume, k)
     close(toy.estimate(groups, advantages), expected)
 
 
@@ -217,20 +219,25 @@ def test_decoupled_with_a_baseline_from_its_own_group_would_be_biased() -> None:
     assert (biased - toy.gradient(toy.volume, 3)).abs().max() > 1e-2
 
 
-def test_shared_log_det_centred_is_no_signal() -> None:
-    toy = Toy(4, 3)
-    rewards, bonus = toy.inputs(toy.groups(3))
-    shared = bonus.sum(1, keepdim=True).expand_as(bonus)
-    plain = group_advantages(rewards, bonus, 0.0, "centred")
-    torch.testing.assert_close(group_advantages(rewards, shared, 5.0, "centred"), plain, atol=1e-14, rtol=0)
+@drawn()
+def test_shared_log_det_centred_is_no_signal(toy: Toy, alpha: float) -> None:
+    """Not in a single group, so neither in expectation."""
+    groups = toy.groups(toy.k)
+    rewards, _ = toy.inputs(groups)
+    shared = torch.tensor([toy.volume(group) for group in groups], dtype=torch.float64)[:, None].expand_as(rewards)
+    plain = group_advantages(rewards, shared, 0.0, "centred")
+    torch.testing.assert_close(group_advantages(rewards, shared, alpha, "centred"), plain, atol=1e-13, rtol=0)
 
 
-def test_pairs_centred_have_no_bonus_but_decoupled_do() -> None:
-    toy = Toy(5, 2)
+@given(m=st.integers(2, 7), seed=st.integers(0, 2**31 - 1), alpha=st.floats(0.05, 8.0))
+@settings(deadline=None, max_examples=25)
+def test_pairs_centred_have_no_bonus_but_decoupled_do(m: int, seed: int, alpha: float) -> None:
+    toy = Toy(m, 2, seed)
     rewards, bonus = toy.inputs(toy.groups(2))
     plain = group_advantages(rewards, bonus, 0.0, "centred")
-    torch.testing.assert_close(group_advantages(rewards, bonus, 5.0, "centred"), plain, atol=1e-14, rtol=0)
-    assert (group_advantages(rewards, bonus, 5.0, "decoupled") - plain).abs().max() > 0.1
+    torch.testing.assert_close(group_advantages(rewards, bonus, alpha, "centred"), plain, atol=1e-13, rtol=0)
+    # Two equal responses have log(3/2) each, two others more: the groups' bonuses differ, and with them the advantages.
+    assert (group_advantages(rewards, bonus, alpha, "decoupled") - plain).abs().max() > 1e-6
 
 
 # --- values -----------------------------------------------------------------------------------------------------------

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from scipy import stats
 
 import dqo.calibration as calibration
+from dqo.advantage import group_advantages
 from dqo.calibration import PAIRS, SHARE, auc, auc_interval, calibrate, check_encoder, spread, ties
 from dqo.checkpoint import CheckpointCard
 from dqo.embedding import ResponseEncoder
@@ -19,8 +21,9 @@ from dqo.errors import DQOError
 from dqo.files import read_jsonl
 from dqo.generation import Response
 from dqo.policy import load_for_inference, load_tokenizer
-from dqo.recipe import Encoder, Recipe, parse
+from dqo.recipe import Encoder, Recipe, Reward, Rollout, parse
 from dqo.shared_prompt import add_shared_prompt_forward
+from pipelines.calibrate import show
 
 K = 4
 
@@ -116,6 +119,25 @@ def test_figures_equal_brute_force(tiny_policy, tiny_encoder, reward):
     assert "responses" not in document and document["cost"]["step"] == result.cost.step
 
 
+def test_the_processes_of_a_recipe_share_the_cost(tiny_policy, tiny_encoder, reward, monkeypatch, capsys):
+    """Seconds that stand still: a second a lap, so that a response's are one over the batch's."""
+    ticks = itertools.count()
+    monkeypatch.setattr(calibration.time, "perf_counter", lambda: float(next(ticks)))
+    recipe = tiny(tiny_policy, tiny_encoder)
+    alone = calibrate(recipe, prompts=3)
+    assert (alone.cost.sampling, alone.cost.update) == (pytest.approx(1.0), pytest.approx(2.0))  # adapters: two passes
+    six = {"distributed": recipe.distributed.model_copy(update={"processes": 6})}
+    rollout = {"rl": recipe.rl.model_copy(update={"rollout": Rollout(engine="vllm")})}
+    shared = calibrate(recipe.model_copy(update=six | rollout), prompts=3)
+    for name in ("sampling", "reward", "embedding", "update", "step", "run"):
+        assert getattr(shared.cost, name) == pytest.approx(getattr(alone.cost, name) / 6)
+    show(Console(width=400), shared)
+    assert "with 6 processes, each as fast as the one here" in (said := capsys.readouterr().out)
+    assert "sampled here by transformers; the recipe's vllm is usually faster" in said
+    show(Console(width=400), alone)
+    assert "processes" not in (said := capsys.readouterr().out) and "transformers" not in said
+
+
 def test_the_seed_decides_what_is_sampled(tiny_policy, tiny_encoder, reward):
     recipe = tiny(tiny_policy, tiny_encoder, alpha=0.0)
     first, again = (calibrate(recipe, prompts=3) for _ in range(2))
@@ -126,11 +148,13 @@ def test_the_seed_decides_what_is_sampled(tiny_policy, tiny_encoder, reward):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["shared prompts", "whole sequences"])
-def test_log_likelihoods_equal_those_of_one_sequence_at_a_time(tiny_policy, tiny_encoder, checkpointing):
+@pytest.mark.parametrize("micro_batch", [None, 3])
+def test_log_likelihoods_equal_those_of_one_sequence_at_a_time(tiny_policy, tiny_encoder, checkpointing, micro_batch):
     recipe = tiny(tiny_policy, tiny_encoder)
     policy = recipe.policy.model_copy(update={"gradient_checkpointing": checkpointing})
     sampling = recipe.rl.sampling.model_copy(update={"temperature": 0.7})
-    recipe = recipe.model_copy(update={"policy": policy, "rl": recipe.rl.model_copy(update={"sampling": sampling})})
+    rl = recipe.rl.model_copy(update={"sampling": sampling, "micro_batch": micro_batch})
+    recipe = recipe.model_copy(update={"policy": policy, "rl": rl})
     tokenizer, model = load_tokenizer(policy), load_for_inference(policy, torch.device("cpu"), None)
     prompts = [[{"role": "user", "content": text}] for text in ("a dog", "one small boat in a storm")]
     drawn = [[(index + 3 * at) % 500 + 5 for at in range(1 + index)] for index in range(2 * K)]
@@ -144,7 +168,17 @@ def test_log_likelihoods_equal_those_of_one_sequence_at_a_time(tiny_policy, tiny
         expected.append(sum(log_probs[at, token].item() for at, token in enumerate(ids)))
     if not checkpointing:
         add_shared_prompt_forward(model)
+    rows, logits = [], []
+    model.register_forward_pre_hook(
+        lambda _, __, given: rows.append(len(given.get("completion_ids", given["input_ids"]))), with_kwargs=True
+    )
+    model.register_forward_hook(lambda _, __, out: logits.append(out.logits.shape) if checkpointing else None)
     found = calibration._log_likelihood(model, tokenizer, prompts, groups, recipe)
+    assert rows == ([2 * K] if micro_batch is None else [3, 3, 2])
+    # One more than the longest response of the piece has tokens.
+    assert [shape[1] for shape in logits] == (
+        [] if not checkpointing else [2 * K + 1] if micro_batch is None else [4, 7, 9]
+    )
     np.testing.assert_allclose(found.tolist(), expected, rtol=1e-4)
 
 
@@ -173,6 +207,63 @@ def test_the_recipes_score_comes_first_and_defences_leave_the_bonus_out(tiny_pol
         )
 
 
+def conditional(policy: Path, encoder: Path, unearned: str, floor: float = 0.5, **method: object) -> Recipe:
+    return tiny(policy, encoder, defences={"min_quality": floor, "unearned": unearned}, **method)
+
+
+@pytest.mark.parametrize("unearned", ["apart", "zero"])
+@pytest.mark.parametrize("form", ["paper", "centred", "decoupled"])
+def test_the_bonus_differs_as_it_does_in_the_advantages(tiny_policy, tiny_encoder, reward, unearned, form):
+    """What alpha = 1 adds to the advantages, over those that it is added to: with `zero`, all that have a reward."""
+    result = calibrate(conditional(tiny_policy, tiny_encoder, unearned, advantage=form), prompts=6)
+    rewards = torch.tensor([[math.nan if q is None else q for q in row["qualities"]] for row in result.responses])
+    bonus = torch.tensor([row["bonuses"] for row in result.responses])
+    earns = rewards >= 0.5
+    added = group_advantages(rewards, bonus, 1.0, form, earns=earns, unearned=unearned) - group_advantages(
+        rewards, bonus, 0.0, form
+    )
+    held = earns if unearned == "apart" else ~rewards.isnan()
+    groups = [[x for x, h in zip(*row, strict=True) if h] for row in zip(added.tolist(), held.tolist(), strict=True)]
+    assert 0 < earns.sum() < held.numel() and any(0 < row.sum() < len(row) for row in earns)
+    assert result.scores[0].bonus.std == pytest.approx(root_mean_variance(groups), rel=1e-4)
+
+
+def test_zero_differs_from_apart_where_few_earn(tiny_policy, tiny_encoder, reward):
+    """By hand: every response with a reward counts, with 0 for those below the floor."""
+    apart, zero = (calibrate(conditional(tiny_policy, tiny_encoder, way), prompts=6) for way in ("apart", "zero"))
+    assert apart.responses == zero.responses and apart.ungated == zero.ungated
+    counted = [
+        [bonus for bonus, q in zip(row["bonuses"], row["qualities"], strict=True) if q is not None]
+        for row in zero.responses
+    ]
+    assert zero.scores[0].bonus.std == pytest.approx(root_mean_variance(counted), rel=1e-4)
+    assert zero.scores[0].bonus.std > 2 * apart.scores[0].bonus.std
+    assert f"{0.8 * math.log(2):.3g} of quality at that alpha" in " ".join(zero.reasoning)
+    assert f"{0.8 * (math.log(2) - math.log(1.25)):.3g} of quality at that alpha" in " ".join(apart.reasoning)
+
+
+@pytest.mark.parametrize("unearned", ["apart", "zero"])
+def test_a_floor_that_no_untrained_response_reaches_still_gives_an_alpha(
+    tiny_policy, tiny_encoder, monkeypatch, unearned
+):
+    """As the quickstart does: what would be if every response earned is what the recipe without the floor gives."""
+
+    class Low(_Varied):
+        def __call__(self, responses, rows):
+            return [None if value is None else 0.9 * value for value in super().__call__(responses, rows)]
+
+    monkeypatch.setattr(calibration, "build", lambda *_: Low())
+    free = calibrate(tiny(tiny_policy, tiny_encoder), prompts=4)
+    result = calibrate(conditional(tiny_policy, tiny_encoder, unearned, floor=0.95), prompts=4)
+    assert free.ungated is None and result.no_bonus == 1 and result.balanced_alpha is None
+    assert result.ungated == free.scores[0] and result.ungated.balanced_alpha is not None
+    assert not any("alpha has nothing to weigh" in problem for problem in result.problems)
+    assert result.problems == free.problems
+    assert any("no response of the base model earns a bonus" in remark for remark in result.remarks)
+    assert f"alpha = {free.balanced_alpha:.2g} would give it 25%" in " ".join(result.reasoning)
+    assert json.loads(result.to_json())["ungated"]["balanced_alpha"] == free.balanced_alpha
+
+
 def test_a_scaled_quality_is_what_the_bonus_stands_beside(tiny_policy, tiny_encoder, reward):
     """Divided by its group's standard deviation plus 1e-4, a group's quality has spread s / (s + 1e-4), or 0."""
     result = calibrate(tiny(tiny_policy, tiny_encoder, quality_scale="group"), prompts=5)
@@ -189,6 +280,26 @@ def test_a_reward_without_differences_is_a_problem_and_gives_no_alpha(tiny_polic
     assert result.balanced_alpha is None and result.scores[0].share is None
     assert "no alpha balances it" in result.problems[0]
     assert any("100% of the groups have equal rewards" in remark for remark in result.remarks)
+
+
+@pytest.mark.parametrize("squash", [True, False])
+def test_scores_that_the_logistic_function_makes_equal_are_remarked_on(tiny_policy, tiny_encoder, monkeypatch, squash):
+    """Half of the responses score 17 or 23, as a good one does; the others 0.1 and 2."""
+    raw = [17.0, 0.1, 2.0, 23.0]
+
+    class Model:
+        name = "reward_model"
+
+        def __call__(self, responses, rows):
+            scores = [raw[index % 4] for index in range(len(responses))]
+            return [1 / (1 + math.exp(-one)) if squash else one for one in scores]
+
+    monkeypatch.setattr(calibration, "build", lambda *_: Model())
+    recipe = tiny(tiny_policy, tiny_encoder)
+    spec = Reward(kind="model", model="org/name", squash=squash)
+    result = calibrate(recipe.model_copy(update={"reward": spec}), prompts=2)
+    assert result.saturated == (0.5 if squash else None)
+    assert any("50% of the reward model's scores" in remark for remark in result.remarks) == squash
 
 
 @pytest.mark.parametrize(
@@ -242,7 +353,7 @@ def test_spread_leaves_out_what_does_not_count():
 
 def test_ties_of_groups_and_pairs():
     nan = math.nan
-    rewards = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 2.0], [1.0, nan, 2.0], [3.0, nan, nan]])
+    rewards = torch.tensor([[1.0, 1.0, 1.0 + 1e-7], [1.0, 1.0, 2.0], [1.0, nan, 2.0], [3.0, nan, nan]])
     # Pairs: 3 of 3, 1 of 3, 0 of 1, none. Groups: the first, and the last, which compares nothing.
     assert ties(rewards) == (2 / 4, 4 / 7)
 

@@ -81,9 +81,13 @@ def test_recipe_check_says_what_a_valid_recipe_is():
 
 def test_recipe_check_asks_the_task_too(tmp_path: Path):
     embeds = recipe_file(tmp_path, "method: {defences: {embed: answer}}")
-    done = dqo("recipe", "check", embeds)
-    assert done.returncode == 0
-    assert "method.defences.embed: got 'answer'" in done.stderr and "all of it is embedded" in done.stderr
+    said = refused(dqo("recipe", "check", embeds))
+    assert said.startswith("dqo: method.defences.embed: got 'answer', but task 'story' does not say where")
+    fits = recipe_file(tmp_path, "task: reasoning\nmethod: {defences: {embed: answer}}")
+    assert dqo("recipe", "check", fits).returncode == 0
+    embeds = recipe_file(tmp_path, "method: {defences: {embed: answer}}")
+    for command in (["run"], ["calibrate"]):
+        assert refused(dqo(*command, embeds, cwd=tmp_path)) == said
     done = dqo("recipe", "check", recipe_file(tmp_path, "task: not_there:TASK"))
     assert done.returncode == 0
     assert done.stderr.startswith("dqo: warning: on this machine, task: got 'not_there:TASK'")
@@ -206,16 +210,15 @@ def test_calibrate_says_what_makes_a_recipe_pointless(tmp_path: Path, tiny_polic
 
 @pytest.mark.slow
 def test_calibrate_the_quickstart(tmp_path: Path):
-    # Without its quality floor, which the base model's responses do not reach.
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(QUICKSTART.read_text().replace(", defences: {min_quality: 0.9}", ""))
-    assert load(recipe).method.defences.min_quality is None
-    done = dqo("calibrate", recipe, "--prompts", 4, "--json", tmp_path / "c.json")
+    """Its quality floor is above what the base model reaches: the alpha is that of a bonus that all would earn."""
+    done = dqo("calibrate", QUICKSTART, "--prompts", 4, "--json", tmp_path / "c.json")
     assert (done.returncode, done.stderr) == (0, "")
     document = json.loads((tmp_path / "c.json").read_text())
-    assert 0.05 < document["quality"]["std"] < 0.6 and 0.01 < document["scores"][0]["bonus"]["std"] < 0.3
+    ungated = document["ungated"]
+    assert 0.05 < document["quality"]["std"] < 0.6 and 0.01 < ungated["bonus"]["std"] < 0.3
+    assert document["no_bonus"] > 0.9 and "if every response earned it" in done.stdout
     assert document["encoder"]["auc_unrelated"]["low"] > 0.9
-    assert f"alpha = {document['scores'][0]['balanced_alpha']:.2g} gives the bonus 25%" in done.stdout
+    assert f"alpha = {ungated['balanced_alpha']:.2g} would give it 25%" in done.stdout
 
 
 # --- run: what is wrong with the surroundings is said before anything is trained ---

@@ -300,3 +300,26 @@ def test_truncation_and_similarity_reach_the_trainer(tiny_policy, tiny_encoder, 
     assert [value > 1.0 for value in trainer.used[-1]] == (similarity >= floor).tolist()
     below = (similarity < floor).float().mean().item()
     assert counted(trainer, "no_bonus_min_prompt_similarity") == pytest.approx(below, rel=1e-3)
+
+
+@pytest.mark.parametrize(("strip", "pays"), [(False, True), (True, False)])
+def test_diverse_thoughts_before_the_same_answer_pay_only_where_they_are_embedded(tiny_encoder, strip, pays: bool):
+    """The gradient of a policy that answers at once or thinks about something else first, over all groups of three."""
+    answers = [
+        "The answer is 4.",
+        "The answer is 4.",
+        "<think>purple lantern</think>The answer is 4.",
+        "<think>rain bakery</think>The answer is 4.",
+    ]
+    encoder = ResponseEncoder(Encoder(model=str(tiny_encoder)), "cpu")
+    pick = embedded_text("response", strip, None)
+    vectors = encoder([pick(answer) or "" for answer in answers]).vectors.double()
+    gradient = torch.zeros(4, dtype=torch.float64)
+    for group in itertools.product(range(4), repeat=3):
+        rows = torch.tensor(group)
+        bonus = leave_one_out_bonus(vectors[rows][None])
+        advantages = group_advantages(torch.ones(1, 3, dtype=torch.float64), bonus, 1.0, "decoupled")[0]
+        gradient += (advantages[:, None] * (torch.eye(4, dtype=torch.float64)[rows] - 0.25)).sum(0) / 4**3
+    assert (gradient[2:].sum() > 1e-3) == pays
+    if not pays:
+        assert gradient.abs().max() < 1e-6

@@ -91,3 +91,9 @@ def test_every_vllm_setting_of_a_recipe_is_one_of_trl_with_its_default():
     for name, field in Rollout.model_fields.items():
         if name != "engine":
             assert fields[f"vllm_{name}"].default == field.default, name
+    left = {name for name in fields if name.startswith("vllm_")} - {f"vllm_{name}" for name in Rollout.model_fields}
+    # What the CHANGELOG names, and TRL's deprecated name of the upper bound.
+    assert left == {
+        "vllm_model_impl", "vllm_structured_outputs_regex", "vllm_server_host", "vllm_server_port",
+        "vllm_importance_sampling_cap",
+    }  # fmt: skip

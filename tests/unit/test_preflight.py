@@ -69,7 +69,7 @@ def test_everything_is_there(tiny_policy, tiny_encoder, tmp_path, store, monkeyp
             found = preflight.run(context, tmp_path / "report.md")
     assert seen == ["Bearer sesame"] * 2
     assert {check.state for check in found} == {"ok"}
-    names = ["Secrets", "Workspace", "MLflow", "Data", "Judge", "Tokenizer", "Policy", "Encoder", "Reward",
+    names = ["Secrets", "Workspace", "MLflow", "Data", "Judge", "Tokenizer", "Policy", "Encoder", "Reward", "Defences",
              "Accelerators"]  # fmt: skip
     assert [check.name for check in found] == names
     report = (tmp_path / "report.md").read_text()

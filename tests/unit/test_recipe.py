@@ -3,16 +3,31 @@
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import jsonschema
 import pytest
 import yaml
 
 from dqo.errors import DQOError
-from dqo.recipe import Method, Recipe, json_schema, load, load_judge, parse
+from dqo.recipe import Defences, Distributed, Method, Recipe, json_schema, load, load_judge, parse
 
+ACCELERATE = Path(__file__).parents[2] / "dqo" / "accelerate"
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "experiments")
+
+
+def test_each_strategy_has_a_recipe_and_settings_of_accelerate():
+    split = {load(path).distributed.strategy: path.stem for path in RECIPES}
+    assert split.keys() == set(get_args(Distributed.model_fields["strategy"].annotation))
+    assert (split["fsdp"], split["zero2"], split["zero3"]) == ("gsm8k", "dolly", "commongen-full")
+    for path in RECIPES:
+        recipe = load(path)
+        # What is split is split among several, and its settings are those that `accelerate launch` takes.
+        assert recipe.distributed.strategy == "ddp" or recipe.processes > 1
+        settings = yaml.safe_load((ACCELERATE / f"{recipe.distributed.strategy}.yaml").read_text())
+        stage = settings.get("deepspeed_config", {}).get("zero_stage")
+        assert stage == {"zero2": 2, "zero3": 3}.get(recipe.distributed.strategy)
 
 
 def refusal(text: str) -> str:
@@ -396,6 +411,8 @@ def test_texts_survive_the_round_trip_through_yaml_and_json(revision: str):
         ("quality_gate: group", "quality_gate", "without method.defences.min_quality"),
         ("max_tokens: 32", "max_tokens", "less than rl.sampling.max_new_tokens = 32"),
         ("min_quality: 1.01", "min_quality", "1 at most"),
+        ("min_quality: 0", "min_quality", "which every response reaches: this reward is 0 at least"),
+        ("min_quality: -0.5", "min_quality", "which every response reaches"),
         ("min_prompt_similarity: -1", "min_prompt_similarity", "greater than -1"),
     ],
 )
@@ -409,12 +426,35 @@ def test_a_defence_that_every_response_meets_or_none_is_refused(defences: str, f
     [
         ("max_tokens: 31, min_quality: 1", "{}"),
         ("min_quality: 5", "{reward: {kind: model, model: org/name, squash: false}}"),
+        ("min_quality: -5", "{reward: {kind: model, model: org/name, squash: false}}"),
+        ("min_quality: 0.999", "{reward: {kind: model, model: org/name}}"),
+        ("min_quality: 1.0e-3", "{reward: {kind: reference_similarity}}"),
         ("min_quality: 0.5, quality_gate: group", "{}"),
     ],
 )
 def test_a_defence_that_some_responses_meet_is_taken(defences: str, rest: str):
     content = {"name": "a", "method": {"defences": yaml.safe_load(f"{{{defences}}}")}} | yaml.safe_load(rest)
     assert parse(yaml.safe_dump(content)).method.defences.conditional
+
+
+@pytest.mark.parametrize(
+    ("floor", "words"),
+    [("1", "this reward is below 1; expected less than 1"), ("0", "0 at least"), ("2", "this reward is below 1")],
+)
+def test_a_squashed_score_lies_between_0_and_1_and_reaches_neither(floor: str, words: str):
+    message = refusal(
+        f"name: a\nreward: {{kind: model, model: org/name}}\nmethod: {{defences: {{min_quality: {floor}}}}}"
+    )
+    assert words in line_of(message, "method.defences.min_quality")
+
+
+def test_what_the_unearned_get_is_warned_about_where_everybody_earns():
+    other = next(way for way in ("apart", "zero") if way != Defences().unearned)
+    for conditions, warned in (("", True), (", max_tokens: 20", False), (", min_quality: 0.5", False)):
+        recipe = parse(f"name: a\nmethod: {{defences: {{unearned: {other}{conditions}}}}}")
+        assert [line for line in recipe.warnings if "method.defences.unearned" in line] == recipe.warnings
+        assert bool(recipe.warnings) == warned
+    assert parse(parse("name: a").to_yaml()).warnings == []  # the default, written out
 
 
 def test_vllm_server_needs_an_address():

@@ -280,6 +280,27 @@ def test_metrics_of_a_step(tiny_policy, tiny_encoder, tmp_path):
     assert log["bonus"] == pytest.approx(np.mean(bonuses), rel=1e-3)
 
 
+@pytest.mark.parametrize("scale", ["none", "group", "batch"])
+@pytest.mark.parametrize(
+    ("groups", "tied"),
+    [
+        # Eight times 2/3 has a standard deviation of 6e-8 in float32; TRL's share is 0 for it.
+        ([[2 / 3] * 8, [2 / 3] * 7 + [1 / 3], [0.1 * 3] * 4 + [0.3] * 4], 2 / 3),
+        # One reward, or none, compares nothing; two may.
+        ([[None] * 7 + [0.5], [None] * 6 + [0.5, 0.5], [None] * 6 + [0.5, 0.25]], 2 / 3),
+        ([[None] * 8, [0.0] * 4 + [1.0] * 4, [0.0] * 7 + [0.01]], 1 / 3),
+    ],
+)
+def test_groups_with_equal_rewards_are_counted(tiny_policy, tiny_encoder, tmp_path, scale, groups, tied):
+    trainer = build(
+        tiny_policy, tiny_encoder, tmp_path, steps=1, k=8, alpha=0.7, scale_rewards=scale,
+        reward_funcs=lambda completions, **_: [value for group in groups for value in group],
+    )  # fmt: skip
+    trainer.train()
+    logged = float(trainer.state.log_history[0]["frac_reward_zero_std"])
+    assert logged == pytest.approx(tied, abs=1e-4)  # the log is rounded
+
+
 def test_truncated_responses_are_counted(tiny_policy, tiny_encoder, tmp_path):
     class Endless(ScriptedTrainer):
         def _generate_single_turn(self, *args, **kwargs):
