@@ -11,6 +11,7 @@ import pytest
 from docker.errors import ContainerError
 
 from pipelines.local import library_digest
+from pipelines.placement import WORKSPACE
 
 ROOT = Path(__file__).parents[2]
 RESTRICTED = {
@@ -56,6 +57,18 @@ def test_the_library_works_for_any_user_on_a_read_only_root(engine, images, name
         "torch.save(torch.ones(2), '/tmp/x'); print(library_digest())"
     )
     assert python(engine, images[name], code, user=user).splitlines()[-1] == library_digest()
+
+
+@pytest.mark.parametrize(("name", "user"), [("trainer", "10001:10001"), ("evaluator", "4711:4711")])
+def test_a_task_without_a_claim_works_in_the_images_workspace(engine, images, name, user):
+    """As on a cluster, where Kubeflow makes no root file system read-only."""
+    code = (
+        f"from pathlib import Path; from dqo.stages.preflight import _workspace; place = Path({WORKSPACE!r});"
+        "print(_workspace(place)); (place / 'stages').mkdir()"
+    )
+    options = {key: value for key, value in RESTRICTED.items() if key != "read_only"}
+    said = engine.containers.run(images[name], ["python", "-c", code], stderr=False, user=user, **options).decode()
+    assert f"{WORKSPACE} can be written" in said and "no volume is mounted there" in said
 
 
 def test_the_lock_of_the_gpu_image_resolves(index):
