@@ -12,9 +12,11 @@ from typing import Any
 
 import mlflow
 import pytest
+from kubernetes import client
 from tiny import write_reward_model
 from transformers import BertConfig, BertForSequenceClassification
 
+from components.capacity import look_with
 from dqo import tracking
 from dqo.errors import DQOError
 from dqo.recipe import Recipe, Resources, parse
@@ -262,6 +264,41 @@ def test_the_component_goes_on_where_kubernetes_cannot_be_asked(
     component.python_func(recipe.to_json(), str(tmp_path / "workspace"), store, report)
     (line,) = [line for line in Path(report.path).read_text().splitlines() if "Accelerators" in line]
     assert "not checked" in line and "Kubernetes cannot be asked (ConfigException)" in line
+
+
+def kubernetes_at(address: str) -> client.ApiClient:
+    configuration = client.Configuration(host=address)
+    configuration.retries = False
+    return client.ApiClient(configuration)
+
+
+def test_nodes_and_quotas_are_read_from_kubernetes():
+    one = node(4, zone="a")
+    with serving(200, {"items": [one | {"spec": {}}]}) as (address, _):
+        nodes, quotas = look_with(kubernetes_at(address), "ml")
+    assert isinstance(nodes, list) and isinstance(quotas, list)
+    assert nodes[0]["status"]["allocatable"]["nvidia.com/gpu"] == "4"
+    assert nodes[0]["metadata"]["labels"] == {"zone": "a"}
+    assert preflight.capacity(FOUR, nodes, []).state == "ok"
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [(403, "may not list {}; the chart's value runner.readCapacity=true"), (500, "cannot list {}")],
+)
+def test_who_may_not_look_is_told_the_value_that_allows_it(status: int, said: str):
+    with serving(status) as (address, _):
+        found = look_with(kubernetes_at(address), "ml")
+    for what, reason in zip(("nodes", "resourcequotas"), found, strict=True):
+        assert isinstance(reason, str) and said.format(what) in reason
+    check = preflight.capacity(FOUR, *found)
+    assert check.state == "unknown" and said.format("nodes") in check.message
+
+
+def test_a_kubernetes_that_does_not_answer_is_said():
+    assert look_with(kubernetes_at("http://127.0.0.1:9"), "ml")[0] == (
+        "the service account cannot list nodes (MaxRetryError)"
+    )
 
 
 def test_only_nodes_with_the_labels_count():
