@@ -7,7 +7,7 @@ from components.image import IMAGE
 
 @dsl.component(base_image=IMAGE, packages_to_install=[], install_kfp_package=False)
 def preflight(recipe: str, workspace: str, mlflow_uri: str, report: dsl.Output[dsl.Markdown]):
-    """Check Secrets, volume, MLflow with its artifact store, data, models, judge, and room for the accelerators.
+    """Check Secrets, volume, libraries, MLflow with its store, data, models, judge, and room for the accelerators.
 
     Nodes and quotas are looked at where the task's service account may list them (the chart's `runner.readCapacity`);
     else that is said, and stops nothing.
