@@ -83,10 +83,31 @@ def test_the_lock_of_the_gpu_image_resolves(index):
     assert "\nvllm==" in done.stdout
 
 
-def test_the_trainer_has_nothing_of_development_and_no_way_to_install(engine, images):
-    for module in ("pytest", "ruff", "pip"):
+def test_the_trainer_has_nothing_of_development(engine, images):
+    for module in ("pytest", "ruff"):
         with pytest.raises(ContainerError, match="ModuleNotFoundError"):
             engine.containers.run(images["trainer"], ["python", "-c", f"import {module}"], **RESTRICTED)
+
+
+@pytest.mark.parametrize("name", ["trainer", "evaluator", "mlflow"])
+def test_no_interpreter_of_an_image_can_install(engine, images, base, name):
+    """The virtual environment's, and those of the base image, which have pip there."""
+    interpreters = "find / -xdev -regextype posix-extended -regex '.*/bin/python[0-9.]*' 2>/dev/null"
+    tried = (
+        f"for each in $({interpreters}); do for module in pip ensurepip; do"
+        ' if $each -m $module --version >/dev/null 2>&1; then echo "$each has $module"; fi; done;'
+        ' if $each -c "import sys"; then echo "$each works"; fi; done;'
+        " find / -xdev -name 'pip*' -path '*/bin/*' 2>/dev/null; find / -xdev -name 'pip*.whl' 2>/dev/null; true"
+    )
+
+    def seen(image: str) -> set[str]:
+        done = engine.containers.run(image, ["bash", "-c", tried], stderr=False, **RESTRICTED)
+        return set(done.decode().splitlines())
+
+    working = {line for line in seen(images[name]) if line.endswith(" works")}
+    assert seen(images[name]) == working and "/opt/venv/bin/python works" in working
+    assert working > {line for line in seen(base) if line.endswith(" works")}
+    assert any(line.endswith(" has pip") for line in seen(base))  # else nothing has been looked at
 
 
 def test_the_server_has_what_the_chart_asks_for(engine, images):
