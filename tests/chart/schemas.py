@@ -40,7 +40,7 @@ def errors(thing: dict[str, Any], version: str) -> list[str]:
         # What such a definition does not say: which metadata any object may have, and what pipelines and pods are.
         stand_in = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": thing["metadata"]}
         found = crds.errors(thing) + errors(stand_in, version)
-        if kind[1] == "PipelineVersion":
+        if "pipelineSpec" in thing.get("spec", {}):
             found += _pipeline_spec(thing["spec"])
         return found + (_pods_of_runtime(thing, version) if kind[1] == "TrainingRuntime" else [])
     try:
