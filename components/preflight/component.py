@@ -31,11 +31,12 @@ def preflight(recipe: str, workspace: str, mlflow_uri: str, report: dsl.Output[d
         ) from error
 
     settings = parse(recipe)
-    nodes = quotas = "not asked"
     if settings.resources.accelerator is not None:
         from components.capacity import look
 
         nodes, quotas = look()
+    else:
+        nodes = quotas = "not asked"
     context = Context(settings, Path(workspace), mlflow_uri)
     further = []
     if settings.distributed.nodes > 1:

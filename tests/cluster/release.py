@@ -93,7 +93,7 @@ class Cluster:
         return plural in {resource["name"] for resource in json.loads(done.stdout)["resources"]}
 
     def custom_objects(self) -> dict[str, list[str] | None]:
-        """Plural of each kind of `CUSTOM` -> names of the namespace's objects; None where the cluster lacks the kind."""
+        """Plural of each kind of `CUSTOM` -> names of the namespace's objects; None where there is no such kind."""
         return {
             plural: [thing["metadata"]["name"] for thing in self.get(f"{plural}.{version}.{group}")["items"]]
             if self.knows(group, version, plural)
