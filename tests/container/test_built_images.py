@@ -48,6 +48,23 @@ def test_an_image_holds_no_tools_and_no_secrets(engine, images, name):
     assert not any(word in told.lower() for word in ("token=", "password=", "secret=", "hf_token"))
 
 
+def holds(engine: docker.DockerClient, image: str, wanted: bytes) -> bool:
+    """Whether an image's layers, each as it was written, or its settings hold some bytes."""
+    rest = b""
+    for chunk in engine.images.get(image).save():
+        if wanted in rest + chunk:
+            return True
+        rest = chunk[-len(wanted) :]
+    return False
+
+
+@pytest.mark.parametrize("name", ["trainer", "evaluator", "mlflow"])
+def test_no_layer_holds_a_token_of_the_builds_environment(engine, images, token, name):
+    assert not holds(engine, images[name], token.encode())
+    # What the first layers of our own write is seen, so the layers are not compressed.
+    assert holds(engine, images[name], b"10001:10001:")
+
+
 @pytest.mark.parametrize(("name", "user"), [("trainer", "4711"), ("evaluator", "10001")])
 def test_the_library_works_for_any_user_on_a_read_only_root(engine, images, name, user):
     code = (
