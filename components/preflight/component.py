@@ -7,9 +7,10 @@ from components.image import IMAGE
 
 @dsl.component(base_image=IMAGE, packages_to_install=[], install_kfp_package=False)
 def preflight(recipe: str, workspace: str, mlflow_uri: str, report: dsl.Output[dsl.Markdown]):
-    """Check Secrets, volume, MLflow with its artifact store, data, models, judge, and room for the accelerators.
+    """Check Secrets, volume, libraries, MLflow with its store, data, models, judge, and room for the accelerators.
 
-    Nodes and quotas are looked at where the task's service account may list them; else that is said, and stops nothing.
+    Nodes and quotas are looked at where the task's service account may list them (the chart's `runner.readCapacity`);
+    else that is said, and stops nothing.
     Where a recipe trains on several nodes, Kubernetes is given its training job to check and not to start.
 
     Args:
@@ -30,27 +31,12 @@ def preflight(recipe: str, workspace: str, mlflow_uri: str, report: dsl.Output[d
         ) from error
 
     settings = parse(recipe)
-    nodes = quotas = "not asked"
     if settings.resources.accelerator is not None:
-        try:
-            from kubernetes import client, config
+        from components.capacity import look
 
-            config.load_incluster_config()
-            core = client.CoreV1Api()
-            account = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-            namespace = account.read_text(encoding="utf-8").strip()
-
-            def listed(what, call, *where):
-                try:
-                    return core.api_client.sanitize_for_serialization(call(*where, _request_timeout=5).items)
-                except Exception as error:  # refused (403), or no way to the API server
-                    reason = getattr(error, "reason", None) or type(error).__name__
-                    return f"the service account cannot list {what} ({reason})"
-
-            nodes = listed("nodes", core.list_node)
-            quotas = listed("resourcequotas", core.list_namespaced_resource_quota, namespace)
-        except Exception as error:  # no client in the image, no token in the pod
-            nodes = quotas = f"Kubernetes cannot be asked ({type(error).__name__})"
+        nodes, quotas = look()
+    else:
+        nodes = quotas = "not asked"
     context = Context(settings, Path(workspace), mlflow_uri)
     further = []
     if settings.distributed.nodes > 1:

@@ -1,5 +1,6 @@
 """Stage 0 on a cluster: everything that a run needs and that can be asked without a GPU, in a minute."""
 
+import importlib.util
 import json
 import math
 import os
@@ -73,6 +74,7 @@ def run(
     checks: list[tuple[str, Callable[[], str]]] = [
         ("Secrets", lambda: _secrets(recipe)),
         ("Workspace", lambda: _workspace(context.workspace)),
+        ("Libraries", lambda: _libraries(recipe)),
         ("MLflow", lambda: _tracking(context)),
         ("Data", lambda: _data(recipe)),
         *further,
@@ -198,6 +200,32 @@ def on_a_volume(folder: Path) -> bool:
     """Whether a folder lies below a mount other than the container's root."""
     folder = folder.resolve()
     return any(os.path.ismount(place) for place in (folder, *folder.parents) if place != place.parent)
+
+
+def _libraries(recipe: Recipe) -> str:
+    """What the image holds of the libraries that only some recipes need: all tasks run in the same image."""
+    import torch
+
+    rollout, strategy, accelerator = recipe.rl.rollout, recipe.distributed.strategy, recipe.resources.accelerator
+    held, missing = [], []
+    if rollout.engine == "vllm":  # with a server too, whose weights TRL's client updates by means of vLLM
+        if importlib.util.find_spec("vllm") is None:
+            missing.append("rl.rollout.engine: got 'vllm', and vLLM is not installed")
+        held.append("vLLM")
+    if strategy.startswith("zero"):
+        if importlib.util.find_spec("deepspeed") is None:
+            missing.append(f"distributed.strategy: got {strategy!r}, and DeepSpeed is not installed")
+        held.append("DeepSpeed")
+    if accelerator is not None and accelerator.startswith("nvidia.com/"):  # `nvidia.com/mig-1g.5gb` too
+        if torch.version.cuda is None:
+            missing.append(f"resources.accelerator: got {accelerator!r}, and torch {torch.__version__} is without CUDA")
+        held.append(f"torch with CUDA {torch.version.cuda}")
+    if missing:
+        raise DQOError(
+            f"resources.image {recipe.resources.image!r}: {'; '.join(missing)}; build the trainer's image from a BASE "
+            "with CUDA and with EXTRAS=gpu (docs/operations.md, Images), and name it in resources.image"
+        )
+    return f"the image has {', '.join(held)}" if held else "nothing asked for beyond what every image has"
 
 
 def _tracking(context: Context) -> str:

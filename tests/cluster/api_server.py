@@ -34,12 +34,16 @@ PATH = re.compile(
 
 
 class ApiServer(ThreadingHTTPServer):
-    """The server; `allows` decides about a SubjectAccessReview's spec, `refuses` about requests to be answered 403."""
+    """The server; `allows` decides about a SubjectAccessReview's spec, `refuses` about requests to be answered 403.
+
+    `kinds` are those that it serves: API group and version -> plural -> kind.
+    """
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.kinds: dict[str, dict[str, str]] = dict(KINDS)
         self.objects: dict[tuple[str, str, str], dict[str, Any]] = {}  # namespace, plural, name
         self.reviews: list[dict[str, Any]] = []
         self.requests: list[str] = []
@@ -76,9 +80,9 @@ class Handler(BaseHTTPRequestHandler):
         elif path == "/api":
             self.reply({"kind": "APIVersions", "versions": ["v1"]})
         elif path == "/apis":
-            self.reply({"kind": "APIGroupList", "apiVersion": "v1", "groups": [_group(a) for a in _groups()]})
-        elif path.removeprefix("/apis/").removeprefix("/api/") in KINDS:
-            self.reply(_resources(path.removeprefix("/apis/").removeprefix("/api/")))
+            self.reply({"kind": "APIGroupList", "apiVersion": "v1", "groups": [_group(a) for a in self.groups()]})
+        elif (api := path.removeprefix("/apis/").removeprefix("/api/")) in self.server.kinds:
+            self.reply(_resources(api, self.server.kinds[api]))
         elif path == f"/apis/{DOWN}":
             self.fail(503, "ServiceUnavailable")
         elif match := PATH.fullmatch(path):
@@ -89,7 +93,7 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_POST = do_DELETE = answer
 
     def resource(self, api: str, namespace: str, plural: str, name: str | None, sub: str | None, sent: bytes) -> None:
-        kind = {"apiVersion": api, "kind": KINDS.get(api, {}).get(plural, "")}
+        kind = {"apiVersion": api, "kind": self.server.kinds.get(api, {}).get(plural, "")}
         objects = self.server.objects
         if not kind["kind"]:
             self.fail(404, "NotFound")
@@ -120,6 +124,9 @@ class Handler(BaseHTTPRequestHandler):
                     del objects[key]
             self.reply(kind | found)
 
+    def groups(self) -> list[str]:
+        return [api for api in (*self.server.kinds, DOWN) if "/" in api]
+
     def fail(self, code: int, reason: str) -> None:
         status = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": reason, "code": code}
         self.reply(status | {"message": f"{self.command} {self.path}: {reason}"}, code)
@@ -135,17 +142,13 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-def _groups() -> list[str]:
-    return [api for api in (*KINDS, DOWN) if "/" in api]
-
-
 def _group(api: str) -> dict[str, Any]:
     name, _, version = api.partition("/")
     only = {"groupVersion": api, "version": version}
     return {"name": name, "versions": [only], "preferredVersion": only}
 
 
-def _resources(api: str) -> dict[str, Any]:
+def _resources(api: str, kinds: dict[str, str]) -> dict[str, Any]:
     verbs = ["create", "delete", "get", "list"]
     return {
         "kind": "APIResourceList",
@@ -159,7 +162,7 @@ def _resources(api: str) -> dict[str, Any]:
                 "kind": kind,
                 "verbs": ["create"] if plural == "subjectaccessreviews" else verbs,
             }
-            for plural, kind in KINDS[api].items()
+            for plural, kind in kinds.items()
         ],
     }
 

@@ -1,6 +1,7 @@
 """Commands on one namespace of the cluster that KUBECONFIG names, and what can be said when one of them fails."""
 
 import json
+import re
 import subprocess
 import time
 import warnings
@@ -14,6 +15,14 @@ from helm import helm, kubectl
 RELEASE = "dqo"
 BESIDE = ("events", "events.events.k8s.io", "pods.metrics.k8s.io")  # what is written about objects, not objects
 BY_ITSELF = {"configmap/kube-root-ca.crt", "serviceaccount/default"}  # what a namespace has
+
+
+CUSTOM = {
+    ("pipelines.kubeflow.org", "v2beta1", "pipelines"): r"dqo-quickstart",
+    ("pipelines.kubeflow.org", "v2beta1", "pipelineversions"): r"dqo-quickstart-[0-9a-f]{8,}",
+    ("trainer.kubeflow.org", "v1alpha1", "trainingruntimes"): r"dqo-torch",
+}
+"""Group, version and plural of kinds of others -> what the chart's defaults add where the cluster knows them."""
 
 
 def run(*command: str | Path, text: str | None = None) -> str:
@@ -73,6 +82,52 @@ class Cluster:
         assert "pods" in kinds, done.stdout + done.stderr
         wanted = ",".join(sorted(kinds - set(BESIDE)))
         return set(self.kubectl("get", wanted, "--ignore-not-found", "--output=name").split())
+
+    def knows(self, group: str, version: str, plural: str) -> bool:
+        """Whether the cluster serves a kind in this version, which is what the chart asks for."""
+        asked = [kubectl(), "get", "--raw", f"/apis/{group}/{version}"]
+        done = subprocess.run(asked, capture_output=True, text=True)
+        if done.returncode != 0:
+            assert "NotFound" in done.stderr or "could not find the requested resource" in done.stderr, done.stderr
+            return False
+        return plural in {resource["name"] for resource in json.loads(done.stdout)["resources"]}
+
+    def custom_objects(self) -> dict[str, list[str] | None]:
+        """Plural of each kind of `CUSTOM` -> names of the namespace's objects; None where there is no such kind."""
+        return {
+            plural: [thing["metadata"]["name"] for thing in self.get(f"{plural}.{version}.{group}")["items"]]
+            if self.knows(group, version, plural)
+            else None
+            for group, version, plural in CUSTOM
+        }
+
+    def holds_what_the_cluster_knows(self, notes: str) -> None:
+        """Check that the release has added its objects of others' kinds where there are such, and else has said so.
+
+        Args:
+            notes: What Helm has printed at the end of an installation or upgrade.
+
+        Raises:
+            AssertionError: If an object is missing, is there twice or has another name, or the notes do not fit.
+        """
+        found = self.custom_objects()
+        for (_, _, plural), name in CUSTOM.items():
+            names = found[plural]
+            assert names is None or (len(names) == 1 and re.fullmatch(name, names[0])), (plural, names)
+        assert ("No pipelines were installed" in notes) == (found["pipelineversions"] is None), notes
+        assert ("No TrainingRuntime was installed" in notes) == (found["trainingruntimes"] is None), notes
+
+    def goes(self, name: str, seconds: float = 60) -> bool:
+        """Whether an object, as `kind/name`, is gone before the time is over.
+
+        Helm 4 takes one whose state it can't tell for gone, and Kubernetes deletes a pod with a delay.
+        """
+        end = time.monotonic() + seconds
+        while there := name in self.objects():
+            if time.monotonic() >= end:
+                break
+            time.sleep(1)
+        return not there
 
     def settled(self, expected: set[str], seconds: float = 120) -> set[str]:
         """The namespace's objects, once they are the expected ones or the time is over: garbage goes with a delay."""

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,6 +92,62 @@ def test_a_cluster_that_does_not_answer_is_no_empty_namespace(server: ApiServer)
     server.refuses = lambda method, path: True
     with pytest.raises(AssertionError, match=r"(?i)forbidden"):
         Cluster("ml", 4).objects()
+
+
+KUBEFLOW = {
+    "pipelines.kubeflow.org/v2beta1": {"pipelines": "Pipeline", "pipelineversions": "PipelineVersion"},
+    "trainer.kubeflow.org/v1alpha1": {"trainingruntimes": "TrainingRuntime", "trainjobs": "TrainJob"},
+}
+NOTES = {"pipelines": "No pipelines were installed (", "trainer": "No TrainingRuntime was installed: "}
+
+
+def test_a_cluster_without_kubeflow_has_no_objects_of_it_and_the_notes_say_so(server: ApiServer):
+    cluster = Cluster("ml", 4)
+    assert cluster.custom_objects() == {"pipelines": None, "pipelineversions": None, "trainingruntimes": None}
+    cluster.holds_what_the_cluster_knows("\n".join(NOTES.values()))
+    for words in NOTES.values():
+        with pytest.raises(AssertionError, match="No "):
+            cluster.holds_what_the_cluster_knows(words)
+
+
+def test_a_cluster_with_kubeflow_has_the_pipeline_its_version_and_the_runtime(server: ApiServer):
+    server.kinds |= KUBEFLOW
+    cluster = Cluster("ml", 4)
+    with pytest.raises(AssertionError, match=r"pipelines.*\[\]"):
+        cluster.holds_what_the_cluster_knows("")
+    server.add("pipelines", "dqo-quickstart", "ml")
+    server.add("pipelineversions", "dqo-quickstart-0123456789ab", "ml")
+    with pytest.raises(AssertionError, match=r"trainingruntimes.*\[\]"):
+        cluster.holds_what_the_cluster_knows("")
+    server.add("trainingruntimes", "dqo-torch", "ml")
+    cluster.holds_what_the_cluster_knows("")
+    with pytest.raises(AssertionError, match="No pipelines"):
+        cluster.holds_what_the_cluster_knows(NOTES["pipelines"])
+    server.add("pipelineversions", "dqo-quickstart-aaaaaaaaaaaa", "ml")  # of an earlier revision
+    with pytest.raises(AssertionError, match="pipelineversions"):
+        cluster.holds_what_the_cluster_knows("")
+
+
+def test_another_version_of_a_kind_is_another_kind(server: ApiServer):
+    """The chart asks for the version that it writes."""
+    server.kinds["trainer.kubeflow.org/v1"] = {"trainingruntimes": "TrainingRuntime"}
+    assert Cluster("ml", 4).custom_objects()["trainingruntimes"] is None
+
+
+def test_a_kind_that_cannot_be_asked_for_is_no_missing_kind(server: ApiServer):
+    server.refuses = lambda method, path: path.startswith("/apis/pipelines")
+    with pytest.raises(AssertionError, match=r"(?i)forbidden"):
+        Cluster("ml", 4).custom_objects()
+
+
+def test_a_pod_may_go_with_a_delay(server: ApiServer):
+    add_release(server)
+    cluster = Cluster("ml", 4)
+    assert not cluster.goes("pod/dqo-mlflow-0", 0)
+    later = threading.Timer(1.5, lambda: server.objects.pop(("ml", "pods", "dqo-mlflow-0")))
+    later.start()
+    assert cluster.goes("pod/dqo-mlflow-0", 60)
+    later.join()
 
 
 def test_a_namespace_is_restricted_and_goes(server: ApiServer):

@@ -1,6 +1,7 @@
 """A Docker engine, a base image and the images, each made where it is not there."""
 
 import os
+import secrets
 import shutil
 import subprocess
 import tempfile
@@ -152,11 +153,18 @@ def index(engine: docker.DockerClient, base: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def images(base: str, index: None, buildkit: dict[str, str]) -> dict[str, str]:
+def token() -> str:
+    """What stands in the environment of the build, as a team's own may."""
+    return f"hf_{secrets.token_hex(17)}"
+
+
+@pytest.fixture(scope="session")
+def images(base: str, index: None, buildkit: dict[str, str], token: str) -> dict[str, str]:
     """Names of the images, built from this working tree."""
+    credentials = ("HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "KFP_TOKEN")
     built = subprocess.run(
         [ROOT / "images/build.sh", "trainer", "evaluator", "mlflow"],
-        env={**buildkit, "ENGINE": "docker", "BASE": base, "TAG": "test"},
+        env={**buildkit, "ENGINE": "docker", "BASE": base, "TAG": "test", **dict.fromkeys(credentials, token)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

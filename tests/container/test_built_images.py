@@ -11,6 +11,7 @@ import pytest
 from docker.errors import ContainerError
 
 from pipelines.local import library_digest
+from pipelines.placement import WORKSPACE
 
 ROOT = Path(__file__).parents[2]
 RESTRICTED = {
@@ -47,6 +48,27 @@ def test_an_image_holds_no_tools_and_no_secrets(engine, images, name):
     assert not any(word in told.lower() for word in ("token=", "password=", "secret=", "hf_token"))
 
 
+def held(images: list[str], wanted: set[bytes]) -> set[bytes]:
+    """Which of some bytes the images' layers, each as it was written, or their settings hold."""
+    # The client for Python gives up after a minute without an answer, which an engine may take to begin.
+    saving = subprocess.Popen(["docker", "save", *images], stdout=subprocess.PIPE)
+    assert saving.stdout is not None
+    found: set[bytes] = set()
+    rest, longest = b"", max(map(len, wanted))
+    while chunk := saving.stdout.read(2**22):
+        window = rest + chunk
+        found |= {each for each in wanted if each in window}
+        rest = window[-longest:]
+    assert saving.wait() == 0
+    return found
+
+
+def test_no_layer_holds_a_token_of_the_builds_environment(engine, images, token):
+    # A line of /etc/passwd that our own layers write shows that the layers can be read.
+    user = b":x:10001:10001:"
+    assert held(sorted(images.values()), {token.encode(), user}) == {user}
+
+
 @pytest.mark.parametrize(("name", "user"), [("trainer", "4711"), ("evaluator", "10001")])
 def test_the_library_works_for_any_user_on_a_read_only_root(engine, images, name, user):
     code = (
@@ -56,6 +78,18 @@ def test_the_library_works_for_any_user_on_a_read_only_root(engine, images, name
         "torch.save(torch.ones(2), '/tmp/x'); print(library_digest())"
     )
     assert python(engine, images[name], code, user=user).splitlines()[-1] == library_digest()
+
+
+@pytest.mark.parametrize(("name", "user"), [("trainer", "10001:10001"), ("evaluator", "4711:4711")])
+def test_a_task_without_a_claim_works_in_the_images_workspace(engine, images, name, user):
+    """As on a cluster, where Kubeflow makes no root file system read-only."""
+    code = (
+        f"from pathlib import Path; from dqo.stages.preflight import _workspace; place = Path({WORKSPACE!r});"
+        "print(_workspace(place)); (place / 'stages').mkdir()"
+    )
+    options = {key: value for key, value in RESTRICTED.items() if key != "read_only"}
+    said = engine.containers.run(images[name], ["python", "-c", code], stderr=False, user=user, **options).decode()
+    assert f"{WORKSPACE} can be written" in said and "no volume is mounted there" in said
 
 
 def test_the_lock_of_the_gpu_image_resolves(index):
@@ -70,10 +104,31 @@ def test_the_lock_of_the_gpu_image_resolves(index):
     assert "\nvllm==" in done.stdout
 
 
-def test_the_trainer_has_nothing_of_development_and_no_way_to_install(engine, images):
-    for module in ("pytest", "ruff", "pip"):
+def test_the_trainer_has_nothing_of_development(engine, images):
+    for module in ("pytest", "ruff"):
         with pytest.raises(ContainerError, match="ModuleNotFoundError"):
             engine.containers.run(images["trainer"], ["python", "-c", f"import {module}"], **RESTRICTED)
+
+
+@pytest.mark.parametrize("name", ["trainer", "evaluator", "mlflow"])
+def test_no_interpreter_of_an_image_can_install(engine, images, base, name):
+    """The virtual environment's, and those of the base image, which have pip there."""
+    interpreters = "find / -xdev -regextype posix-extended -regex '.*/bin/python[0-9.]*' 2>/dev/null"
+    tried = (
+        f"for each in $({interpreters}); do for module in pip ensurepip; do"
+        ' if $each -m $module --version >/dev/null 2>&1; then echo "$each has $module"; fi; done;'
+        ' if $each -c "import sys"; then echo "$each works"; fi; done;'
+        " find / -xdev -name 'pip*' -path '*/bin/*' 2>/dev/null; find / -xdev -name 'pip*.whl' 2>/dev/null; true"
+    )
+
+    def seen(image: str) -> set[str]:
+        done = engine.containers.run(image, ["bash", "-c", tried], stderr=False, **RESTRICTED)
+        return set(done.decode().splitlines())
+
+    working = {line for line in seen(images[name]) if line.endswith(" works")}
+    assert seen(images[name]) == working and "/opt/venv/bin/python works" in working
+    assert working > {line for line in seen(base) if line.endswith(" works")}
+    assert any(line.endswith(" has pip") for line in seen(base))  # else nothing has been looked at
 
 
 def test_the_server_has_what_the_chart_asks_for(engine, images):

@@ -15,6 +15,7 @@ from packaging.utils import canonicalize_name
 from dqo.errors import DQOError
 from dqo.recipe import parse
 from pipelines.containers import Containers, _network, _readable, _writable, client
+from pipelines.placement import WORKSPACE
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(ROOT.glob("images/*/Containerfile"))
@@ -31,6 +32,11 @@ def test_no_image_names_a_registry():
     assert [path.parent.name for path in FILES] == ["mlflow", "trainer"]
     for path in [*FILES, ROOT / "images/install.sh", ROOT / "images/mlflow/requirements.txt"]:
         assert not re.search(r"https?://|index-url [a-z/]|[a-z]\.(io|com|org)/", path.read_text()), path
+
+
+def test_tasks_without_a_claim_have_a_folder_to_work_in():
+    """Users of any number work there. tests/container writes to it."""
+    assert f"install -d -m 1777 {WORKSPACE}\n" in (ROOT / "images/trainer/Containerfile").read_text()
 
 
 def pins(path: str) -> dict[str, str]:

@@ -1,6 +1,8 @@
 """Preflight against real parts: files, an MLflow store, tiny models, small servers on loopback."""
 
+import importlib.util
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -12,9 +14,12 @@ from typing import Any
 
 import mlflow
 import pytest
+import torch
+from kubernetes import client
 from tiny import write_reward_model
 from transformers import BertConfig, BertForSequenceClassification
 
+from components.capacity import look_with
 from dqo import tracking
 from dqo.errors import DQOError
 from dqo.recipe import Recipe, Resources, parse
@@ -69,8 +74,8 @@ def test_everything_is_there(tiny_policy, tiny_encoder, tmp_path, store, monkeyp
             found = preflight.run(context, tmp_path / "report.md")
     assert seen == ["Bearer sesame"] * 2
     assert {check.state for check in found} == {"ok"}
-    names = ["Secrets", "Workspace", "MLflow", "Data", "Judge", "Tokenizer", "Policy", "Encoder", "Reward", "Defences",
-             "Accelerators"]  # fmt: skip
+    names = ["Secrets", "Workspace", "Libraries", "MLflow", "Data", "Judge", "Tokenizer", "Policy", "Encoder", "Reward",
+             "Defences", "Accelerators"]  # fmt: skip
     assert [check.name for check in found] == names
     report = (tmp_path / "report.md").read_text()
     assert [line.split(" | ")[0].strip("| ") for line in report.splitlines()[2:]] == names
@@ -184,6 +189,59 @@ def test_a_prompt_of_the_judge_that_is_not_there(tiny_policy, tiny_encoder):
         preflight._judge(recipe_of(tiny_policy, tiny_encoder, judge=section))
 
 
+WITHOUT = importlib.util.find_spec("vllm") is None and importlib.util.find_spec("deepspeed") is None
+GPU_LIBRARIES = {
+    "rl": {"rollout": {"engine": "vllm"}},
+    "distributed": {"strategy": "zero2"},
+    "resources": {"profile": "gpu-large", "image": "team/dqo:1"},
+}
+
+
+@pytest.mark.skipif(not WITHOUT, reason="vLLM or DeepSpeed is installed")
+def test_an_image_without_the_libraries_of_a_recipe(tiny_policy, tiny_encoder, monkeypatch):
+    """All that is missing at once, each with its field, and how to get it."""
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(DQOError, match=r"EXTRAS=gpu \(docs/operations\.md") as caught:
+        preflight._libraries(recipe_of(tiny_policy, tiny_encoder, **GPU_LIBRARIES))
+    message = str(caught.value)
+    assert message.startswith("resources.image 'team/dqo:1': rl.rollout.engine: got 'vllm', and vLLM is not installed;")
+    assert "distributed.strategy: got 'zero2', and DeepSpeed is not installed;" in message
+    assert f"resources.accelerator: got 'nvidia.com/gpu', and torch {torch.__version__} is without CUDA;" in message
+
+
+@pytest.mark.skipif(not WITHOUT, reason="vLLM or DeepSpeed is installed")
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        # TRL's client of a vLLM server takes the weights there with vLLM's own means.
+        ({"rl": {"rollout": {"engine": "vllm", "mode": "server", "server_base_url": "http://v:8000"}}}, "vLLM is not"),
+        ({"resources": {"accelerator": "nvidia.com/mig-1g.5gb"}}, "is without CUDA"),
+    ],
+)
+def test_each_library_is_looked_for_where_it_is_needed(tiny_policy, tiny_encoder, monkeypatch, sections, said):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(DQOError, match=said) as caught:
+        preflight._libraries(recipe_of(tiny_policy, tiny_encoder, **sections))
+    assert str(caught.value).count("got '") == 1
+
+
+def test_an_image_with_the_libraries_of_a_recipe(tiny_policy, tiny_encoder, tmp_path, monkeypatch):
+    """Packages are only looked for: importing them takes longer than a check has, and an accelerator."""
+    for name in ("vllm", "deepspeed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise ImportError('no accelerator')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    found = preflight._libraries(recipe_of(tiny_policy, tiny_encoder, **GPU_LIBRARIES))
+    assert found == "the image has vLLM, DeepSpeed, torch with CUDA 12.8"
+
+
+def test_nothing_is_asked_of_an_image_for_processors(tiny_policy, tiny_encoder, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    found = preflight._libraries(recipe_of(tiny_policy, tiny_encoder, resources={"accelerator": "amd.com/gpu"}))
+    assert found == "nothing asked for beyond what every image has"
+
+
 def test_one_check_that_hangs_costs_its_patience_only():
     def hang() -> str:
         time.sleep(30)
@@ -257,11 +315,48 @@ def test_the_component_goes_on_where_kubernetes_cannot_be_asked(
     from components.preflight.component import preflight as component
 
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
     recipe = recipe_of(tiny_policy, tiny_encoder, resources={"profile": "gpu-small"})
     report = SimpleNamespace(path=str(tmp_path / "report.md"))
     component.python_func(recipe.to_json(), str(tmp_path / "workspace"), store, report)
     (line,) = [line for line in Path(report.path).read_text().splitlines() if "Accelerators" in line]
     assert "not checked" in line and "Kubernetes cannot be asked (ConfigException)" in line
+
+
+def kubernetes_at(address: str) -> client.ApiClient:
+    configuration = client.Configuration(host=address)
+    configuration.retries = False
+    return client.ApiClient(configuration)
+
+
+def test_nodes_and_quotas_are_read_from_kubernetes():
+    one = node(4, zone="a")
+    with serving(200, {"items": [one | {"spec": {}}]}) as (address, _):
+        nodes, quotas = look_with(kubernetes_at(address), "ml")
+    assert isinstance(nodes, list) and isinstance(quotas, list)
+    assert nodes[0]["status"]["allocatable"]["nvidia.com/gpu"] == "4"
+    assert nodes[0]["metadata"]["labels"] == {"zone": "a"}
+    assert preflight.capacity(FOUR, nodes, []).state == "ok"
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [(403, "may not list {}; the chart's value runner.readCapacity=true"), (500, "cannot list {}")],
+)
+def test_who_may_not_look_is_told_the_value_that_allows_it(status: int, said: str):
+    with serving(status) as (address, _):
+        found = look_with(kubernetes_at(address), "ml")
+    for what, reason in zip(("nodes", "resourcequotas"), found, strict=True):
+        assert isinstance(reason, str) and said.format(what) in reason
+    check = preflight.capacity(FOUR, *found)
+    assert check.state == "unknown" and said.format("nodes") in check.message
+
+
+def test_a_kubernetes_that_does_not_answer_is_said():
+    for what, reason in zip(
+        ("nodes", "resourcequotas"), look_with(kubernetes_at("http://127.0.0.1:9"), "ml"), strict=True
+    ):
+        assert re.fullmatch(rf"the service account cannot list {what} \(\w+Error\)", str(reason))
 
 
 def test_only_nodes_with_the_labels_count():

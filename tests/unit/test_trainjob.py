@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlparse
 
 import pytest
+from chart import crds
 from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alpha1TrainJob
 from kubernetes import client
 
@@ -93,7 +94,7 @@ def test_everything_that_a_recipe_can_ask_of_its_nodes(bare_environment):
         timeouts={"rl": 1.5, "sft": 3},
     )
     made = manifest(nodes_job(full), OWNER)
-    assert read_back(made) == made
+    assert read_back(made) == made and crds.errors(made) == []
     assert made["metadata"]["labels"] == {
         "app.kubernetes.io/part-of": "dqo",
         "dqo/stage": "rl-reward_only",
@@ -182,7 +183,7 @@ def test_what_a_recipe_leaves_out_stays_the_runtimes(bare_environment):
         )
     )
     made = manifest(nodes_job(small))
-    assert read_back(made) == made
+    assert read_back(made) == made and crds.errors(made) == []
     assert "ownerReferences" not in made["metadata"] and "activeDeadlineSeconds" not in made["spec"]
     assert "kueue.x-k8s.io/queue-name" not in made["metadata"]["labels"]
     assert made["spec"]["runtimeRef"]["name"] == "other-torch"
@@ -297,7 +298,7 @@ class Cluster:
             return self.send(request, 200, {"kind": "TrainJobList", "items": items})
         if verb == "create":
             name = body["metadata"]["name"]
-            if read_back(body) != body:
+            if read_back(body) != body or crds.errors(body):
                 return self.send(request, 422, status(422, "unknown fields"))
             if name in self.jobs:
                 return self.send(request, 409, status(409, f'trainjobs "{name}" already exists'))

@@ -84,6 +84,20 @@ capabilities:
 {{- default (printf "%s-runner" (include "dqo.fullname" .)) .Values.runner.serviceAccount.name -}}
 {{- end }}
 
+{{/* Who gets the runner's rights. */}}
+{{- define "dqo.runner.subjects" -}}
+{{- if or .Values.runner.serviceAccount.create .Values.runner.serviceAccount.name }}
+- kind: ServiceAccount
+  name: {{ include "dqo.runner.name" . }}
+  namespace: {{ .Release.Namespace }}
+{{- end }}
+{{- range .Values.runner.subjects }}
+- kind: ServiceAccount
+  name: {{ .name }}
+  namespace: {{ .namespace }}
+{{- end }}
+{{- end }}
+
 {{/* MLflow's address for pipelines and training pods. */}}
 {{- define "dqo.trackingUri" -}}
 {{- if .Values.tracking.uri -}}
