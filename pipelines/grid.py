@@ -98,6 +98,10 @@ class Cell:
         A later version's new fields do not change it, so results outlive them; a row says which version made it.
         """
         said = self.recipe.model_dump(mode="json", exclude_defaults=True, exclude=_OTHERWISE)
+        if not self.recipe.method.defences.conditional:  # what no response can fail pays nobody in another way
+            said.get("method", {}).get("defences", {}).pop("unearned", None)
+            if said.get("method", {}).get("defences") == {}:
+                del said["method"]["defences"]
         text = json.dumps(said, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 

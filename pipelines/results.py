@@ -140,10 +140,13 @@ def _start(lines: Sequence[Line], model: str, title: str) -> Line:
 
 
 def _mixed_starts(lines: Sequence[Line]) -> list[str]:
-    """Says of which seeds the runs began from different SFT checkpoints: one SFT model says one thing at one seed."""
+    """Says of which seeds the runs began from different SFT checkpoints: one SFT model says one thing at one seed.
+
+    Told by the words, since embeddings are rounded differently from one machine or version to another.
+    """
     said: dict[tuple[int, float | None], set[str]] = {}
     for row in (row for line in lines for row in line.rows):
-        spoken = json.dumps(row["models"]["sft"], sort_keys=True)
+        spoken = json.dumps([row["models"]["sft"][metric] for metric in ("mean_tokens", "distinct_4")])
         said.setdefault((row["seed"], row.get("temperature")), set()).add(spoken)
     mixed = sorted({seed for (seed, _), spoken in said.items() if len(spoken) > 1})
     if not mixed:

@@ -110,7 +110,7 @@ def test_runs_that_began_from_different_checkpoints_are_said(page, tmp_path):
     for one in cells:
         result, responses = row(one, 0.1)
         if (one.run, one.seed) == ("dqo", 1):
-            result["models"]["sft"]["quality"][0] += 0.01
+            result["models"]["sft"]["distinct_4"][0] += 0.01
         results.add(result, responses)
     write_page(EXPERIMENT, cells, results, tmp_path / "mixed.md")
     assert "Not all runs of seed 1 began from the same SFT checkpoint" in (tmp_path / "mixed.md").read_text()
