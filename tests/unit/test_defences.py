@@ -197,6 +197,19 @@ def test_without_an_answer_function_the_whole_response_is_the_answer():
     assert embedded_text("answer", False, None)("A dog ran.") == "A dog ran."
 
 
+def assert_pays(vectors: Tensor, pays: bool) -> None:
+    """Whether a policy that says four things equally often learns the last two, over all groups of three."""
+    gradient = torch.zeros(4, dtype=torch.float64)
+    for group in itertools.product(range(4), repeat=3):
+        rows = torch.tensor(group)
+        bonus = leave_one_out_bonus(vectors[rows][None])
+        advantages = group_advantages(torch.ones(1, 3, dtype=torch.float64), bonus, 1.0, "decoupled")[0]
+        gradient += (advantages[:, None] * (torch.eye(4, dtype=torch.float64)[rows] - 0.25)).sum(0) / 4**3
+    assert (gradient[2:].sum() > 1e-3) == pays
+    if not pays:
+        assert gradient.abs().max() < 1e-6
+
+
 @pytest.mark.parametrize(("embed", "pays"), [("response", True), ("through_answer", False), ("answer", False)])
 def test_random_text_behind_a_right_answer_pays_only_where_it_is_embedded(tiny_encoder, embed, pays: bool):
     """The gradient of a policy over answers with and without a tail, all of equal quality, over all groups of three."""
@@ -209,15 +222,7 @@ def test_random_text_behind_a_right_answer_pays_only_where_it_is_embedded(tiny_e
     encoder = ResponseEncoder(Encoder(model=str(tiny_encoder)), "cpu")
     pick = embedded_text(embed, False, stated)
     vectors = encoder([pick(answer) or "" for answer in answers]).vectors.double()
-    gradient = torch.zeros(4, dtype=torch.float64)
-    for group in itertools.product(range(4), repeat=3):
-        rows = torch.tensor(group)
-        bonus = leave_one_out_bonus(vectors[rows][None])
-        advantages = group_advantages(torch.ones(1, 3, dtype=torch.float64), bonus, 1.0, "decoupled")[0]
-        gradient += (advantages[:, None] * (torch.eye(4, dtype=torch.float64)[rows] - 0.25)).sum(0) / 4**3
-    assert (gradient[2:].sum() > 1e-3) == pays
-    if not pays:
-        assert gradient.abs().max() < 1e-6
+    assert_pays(vectors, pays)
 
 
 @pytest.mark.parametrize("form", ["paper", "centred", "decoupled"])
@@ -314,12 +319,4 @@ def test_diverse_thoughts_before_the_same_answer_pay_only_where_they_are_embedde
     encoder = ResponseEncoder(Encoder(model=str(tiny_encoder)), "cpu")
     pick = embedded_text("response", strip, None)
     vectors = encoder([pick(answer) or "" for answer in answers]).vectors.double()
-    gradient = torch.zeros(4, dtype=torch.float64)
-    for group in itertools.product(range(4), repeat=3):
-        rows = torch.tensor(group)
-        bonus = leave_one_out_bonus(vectors[rows][None])
-        advantages = group_advantages(torch.ones(1, 3, dtype=torch.float64), bonus, 1.0, "decoupled")[0]
-        gradient += (advantages[:, None] * (torch.eye(4, dtype=torch.float64)[rows] - 0.25)).sum(0) / 4**3
-    assert (gradient[2:].sum() > 1e-3) == pays
-    if not pays:
-        assert gradient.abs().max() < 1e-6
+    assert_pays(vectors, pays)
