@@ -1,8 +1,6 @@
 """Pipelines that stop halfway and go on: out of disk, interrupted, killed, or with unusable data."""
 
 import json
-import os
-import shutil
 import signal
 import subprocess
 import time
@@ -22,6 +20,7 @@ from pipeline.tiny_runs import (
     started,
     write_recipe,
 )
+from small_disk import mount_small
 from tiny import write_policy
 
 from dqo.recipe import load
@@ -81,24 +80,6 @@ def try_until(recipe: Path, out: Path, stage: str | None = None, how: int = 0) -
     return Try(process.returncode, printed, events(out)[before:], {n: r.info.status for n, r in runs_of(out).items()})
 
 
-def mount_small(folder: Path) -> str:
-    """Mount a file system of 6 MiB, or return the words with which this machine forbids it.
-
-    Only what speaks of rights is an answer; that `mount` fails for another reason is a mistake of this test.
-    """
-    if shutil.which("mount") is None:
-        return "there is no command `mount`"
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", folder],
-        capture_output=True, text=True, env=os.environ | {"LC_ALL": "C"},
-    )  # fmt: skip
-    if done.returncode == 0:
-        return ""
-    said = done.stderr.partition("\n")[0]
-    assert "must be superuser" in said or "permission denied" in said, done.stderr
-    return said
-
-
 @pytest.fixture(scope="module")
 def interrupted(tiny_encoder, tmp_path_factory) -> Iterator[Interrupted]:
     """Full fine-tuning, whose checkpoints of 9 MB fill a file system of 6 MiB; a real one, in memory."""
@@ -110,7 +91,7 @@ def interrupted(tiny_encoder, tmp_path_factory) -> Iterator[Interrupted]:
         folder / "tiny.yaml", policy, tiny_encoder, policy={"lora": None}, rl={"steps": STEPS, "save_every": 10}
     )
     out, disk_full = mount / "runs", None
-    no_mount = mount_small(mount)
+    no_mount = mount_small(mount, "6m")
     try:
         if not no_mount:
             disk_full = try_until(recipe, out)

@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -197,8 +198,11 @@ def test_without_an_answer_function_the_whole_response_is_the_answer():
     assert embedded_text("answer", False, None)("A dog ran.") == "A dog ran."
 
 
-def assert_pays(vectors: Tensor, pays: bool) -> None:
+def assert_pays(model: Path, answers: list[str], embed: str, strip: bool, pays: bool) -> None:
     """Whether a policy that says four things equally often learns the last two, over all groups of three."""
+    pick = embedded_text(embed, strip, stated)
+    encoder = ResponseEncoder(Encoder(model=str(model)), "cpu")
+    vectors = encoder([pick(answer) or "" for answer in answers]).vectors.double()
     gradient = torch.zeros(4, dtype=torch.float64)
     for group in itertools.product(range(4), repeat=3):
         rows = torch.tensor(group)
@@ -219,10 +223,7 @@ def test_random_text_behind_a_right_answer_pays_only_where_it_is_embedded(tiny_e
         "The answer is 4. purple lantern",
         "The answer is 4. rain bakery",
     ]
-    encoder = ResponseEncoder(Encoder(model=str(tiny_encoder)), "cpu")
-    pick = embedded_text(embed, False, stated)
-    vectors = encoder([pick(answer) or "" for answer in answers]).vectors.double()
-    assert_pays(vectors, pays)
+    assert_pays(tiny_encoder, answers, embed, False, pays)
 
 
 @pytest.mark.parametrize("form", ["paper", "centred", "decoupled"])
@@ -316,7 +317,4 @@ def test_diverse_thoughts_before_the_same_answer_pay_only_where_they_are_embedde
         "<think>purple lantern</think>The answer is 4.",
         "<think>rain bakery</think>The answer is 4.",
     ]
-    encoder = ResponseEncoder(Encoder(model=str(tiny_encoder)), "cpu")
-    pick = embedded_text("response", strip, None)
-    vectors = encoder([pick(answer) or "" for answer in answers]).vectors.double()
-    assert_pays(vectors, pays)
+    assert_pays(tiny_encoder, answers, "response", strip, pays)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_disk import mount_small
 
 from dqo.stages.context import full_disk_message
 
@@ -70,12 +71,10 @@ def test_any_other_error_is_not_taken_for_it(error: Exception, tmp_path: Path):
 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
     mount = tmp_path / "small"
     mount.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", mount], capture_output=True).returncode:
-        pytest.skip("this machine does not allow mounting a tmpfs")
+    if no_mount := mount_small(mount, "4m"):
+        pytest.skip(f"no file system of its own may be mounted here ({no_mount})")
     try:
         yield mount
     finally:
