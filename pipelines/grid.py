@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from dqo.errors import DQOError
+from dqo.evaluation.catalogue import METRICS
 from dqo.files import read_jsonl, write_jsonl
 from dqo.recipe import Recipe, document, load, parse
 
@@ -19,6 +20,29 @@ _NAME = r"^[a-z0-9]([a-z0-9.-]{0,46}[a-z0-9])?$"
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _known_metric(name: str) -> str:
+    if name not in METRICS:
+        raise ValueError(f"expected a metric: {', '.join(METRICS)}")
+    return name
+
+
+_Metric = Annotated[str, AfterValidator(_known_metric)]
+
+
+class Claim(_Section):
+    """What a part is to show of one of its runs beside the one it compares with; the page says whether it does.
+
+    Attributes:
+        run: The run of the part that it is about.
+        higher: Metrics whose mean is to be higher, with intervals that do not overlap.
+        not_lower: Metric -> how much lower its mean may be.
+    """
+
+    run: str
+    higher: list[_Metric] = []
+    not_lower: dict[_Metric, Annotated[float, Field(ge=0)]] = {}
 
 
 class Part(_Section):
@@ -34,6 +58,7 @@ class Part(_Section):
         grid: Field of the recipe -> values; every combination is run, for each of `runs`.
         seeds: Every run is repeated with each of them.
         against: The run of this part that the others are compared with.
+        claim: What the part is to show; see `Claim`.
     """
 
     name: Annotated[str, Field(pattern=_NAME)]
@@ -45,6 +70,7 @@ class Part(_Section):
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
     against: str | None = None
+    claim: Claim | None = None
 
 
 class Experiment(_Section):
@@ -152,6 +178,8 @@ def expand(experiment: Experiment, path: Path) -> list[Cell]:
             raise DQOError(
                 f"{path}: parts.{part.name}.against: got {part.against!r}; expected one of: {', '.join(part.runs)}"
             )
+        if part.claim is not None:
+            _check_claim(part, part.claim, f"{path}: parts.{part.name}.claim")
         for seed, label, (run, settings), *values in itertools.product(
             part.seeds, part.recipes or bases, part.runs.items(), *part.grid.values()
         ):
@@ -160,6 +188,19 @@ def expand(experiment: Experiment, path: Path) -> list[Cell]:
             recipe = _with(bases[label], experiment.set | part.set | settings | grid | {"seed": seed}, where)
             cells.append(Cell(part.name, label, run, grid, seed, recipe))
     return cells
+
+
+def _check_claim(part: Part, claim: Claim, where: str) -> None:
+    if part.against is None or part.grid:
+        raise DQOError(
+            f"{where}: got a part {'with a grid' if part.grid else 'without `against`'}; expected runs that are "
+            "compared with another, without a grid"
+        )
+    others = [run for run in part.runs if run != part.against]
+    if claim.run not in others:
+        raise DQOError(f"{where}.run: got {claim.run!r}; expected one of: {', '.join(others)}")
+    if not (claim.higher or claim.not_lower):
+        raise DQOError(f"{where}: claims nothing; expected `higher` or `not_lower`")
 
 
 def _with(recipe: Recipe, settings: dict[str, Any], where: str) -> Recipe:

@@ -8,7 +8,7 @@ range of the seeds' means, where there are several.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from dqo.evaluation.best_of import curve_intervals, expected_best, pass_at_k
 from dqo.evaluation.catalogue import METRICS
 from dqo.evaluation.figures import ModelResult, curve_figure, learning_curves_figure, plane_figure, sweep_figure
-from dqo.evaluation.statistics import OverSeeds, over_seeds
+from dqo.evaluation.statistics import OverSeeds, over_seeds, overlap
 from dqo.files import write_text
 from dqo.tasks import get_task
-from pipelines.grid import Cell, Experiment, Part, Results
+from pipelines.grid import Cell, Claim, Experiment, Part, Results
 
 _SHOWN = ("quality", "best_of_n", "log_volume", "distinct_4", "self_bleu_diversity", "duplicate_rate", "mean_tokens")
 _DECIDING = ("quality", "best_of_n", "log_volume", "distinct_4", "self_bleu_diversity")
@@ -80,6 +80,7 @@ def write_page(experiment: Experiment, cells: Sequence[Cell], results: Results, 
         "95 % bootstrap interval over prompts, and behind it the range of the seeds' means where there are several.",
         "",
     ]
+    text += _claims(experiment, cells, done)
     for part in experiment.parts:
         text += [f"## {part.title}", "", *([part.text, ""] if part.text else [])]
         labels = list(dict.fromkeys(cell.label for cell in cells if cell.part == part.name))
@@ -90,6 +91,86 @@ def write_page(experiment: Experiment, cells: Sequence[Cell], results: Results, 
             text += _section(part, label, chosen, done, results, pictures)
     text += _provenance([done[key] for key in sorted(keys & done.keys())])
     write_text(path, "\n".join(text).rstrip() + "\n")
+
+
+def _claims(experiment: Experiment, cells: Sequence[Cell], done: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Each claim with a line for each recipe: what was found and whether it holds."""
+    text: list[str] = []
+    for part in experiment.parts:
+        if part.claim is None:
+            continue
+        claim = part.claim
+        asked = []
+        if claim.higher:
+            asked.append(f"higher in {_all([_in_text(metric) for metric in claim.higher])} (95 % intervals apart)")
+        for bound in dict.fromkeys(claim.not_lower.values()):
+            bounded = [_in_text(metric) for metric, by in claim.not_lower.items() if by == bound]
+            asked.append(f"at most {bound:g} lower in {_all(bounded)}")
+        metrics = [*claim.higher, *claim.not_lower]
+        columns = ["task", "seeds", *(METRICS[metric].label for metric in metrics), "holds"]
+        text += [
+            f"Claimed of {claim.run} beside {part.against}: {'; '.join(asked)}. Differences of the means over prompts "
+            "and seeds, and in how many of the seeds they are above 0:",
+            "",
+            "| " + " | ".join(columns) + " |",
+            "|" + "---|" * len(columns),
+        ]
+        for label in dict.fromkeys(cell.label for cell in cells if cell.part == part.name):
+            chosen = [cell for cell in cells if (cell.part, cell.label) == (part.name, label)]
+            text.append("| " + " | ".join(_claimed(part, claim, label, chosen, done, metrics)) + " |")
+        text.append("")
+    return ["## In short", "", *text] if text else []
+
+
+def _claimed(
+    part: Part,
+    claim: Claim,
+    label: str,
+    cells: Sequence[Cell],
+    done: Mapping[str, dict[str, Any]],
+    metrics: Sequence[str],
+) -> list[str]:
+    lines = {line.run: line for line in _lines(cells, done)}
+    planned = len({cell.seed for cell in cells})
+    empty = [label, f"0 of {planned}", *("" for _ in metrics), "not run yet"]
+    if claim.run not in lines or part.against not in lines:
+        return empty
+    line, beside = _of_shared_seeds(lines[claim.run], lines[part.against])
+    if not line.rows:
+        return empty
+    found, failing = [], []
+    for metric in metrics:
+        difference = over_seeds(line.table(metric) - beside.table(metric))
+        above = f"{sum(mean > 0 for mean in difference.means)} of {len(difference.means)}"
+        found.append(f"{difference.prompts.mean:+.3f} ({above})")
+        if metric in claim.not_lower:
+            # Written so that a mean that is not a number does not hold.
+            holds = difference.prompts.mean >= -claim.not_lower[metric]
+        else:
+            own, other = line.over_seeds(metric).prompts, beside.over_seeds(metric).prompts
+            holds = own.mean > other.mean and not overlap(own, other)
+        if not holds:
+            failing.append(METRICS[metric].label)
+    verdict = f"no: {', '.join(failing)}" if failing else "yes"
+    if len(line.rows) < planned:
+        verdict = f"so far {verdict}"
+    return [label, f"{len(line.rows)} of {planned}", *found, verdict]
+
+
+def _in_text(metric: str) -> str:
+    label = METRICS[metric].label
+    return label[0].lower() + label[1:]
+
+
+def _all(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _of_shared_seeds(a: Line, b: Line) -> tuple[Line, Line]:
+    """Both lines with the seeds that both have, in one order."""
+    mine, theirs = ({row["seed"]: row for row in one.rows} for one in (a, b))
+    seeds = [seed for seed in mine if seed in theirs]
+    return replace(a, rows=[mine[seed] for seed in seeds]), replace(b, rows=[theirs[seed] for seed in seeds])
 
 
 def _section(
@@ -177,9 +258,8 @@ def _differences(part: Part, lines: Sequence[Line]) -> list[str]:
         beside = next((one for one in lines if one.run == part.against and one.values == line.values), None)
         if beside is None or line is beside:
             continue
-        mine, theirs = ({row["seed"]: i for i, row in enumerate(one.rows)} for one in (line, beside))
-        seeds = [seed for seed in mine if seed in theirs]
-        if not seeds:
+        line, beside = _of_shared_seeds(line, beside)
+        if not line.rows:
             continue
         if not text:
             text = [
@@ -191,15 +271,12 @@ def _differences(part: Part, lines: Sequence[Line]) -> list[str]:
             ]
         cells = []
         for metric in _DECIDING:
-            difference = over_seeds(
-                line.table(metric)[[mine[seed] for seed in seeds]]
-                - beside.table(metric)[[theirs[seed] for seed in seeds]]
-            )
+            difference = over_seeds(line.table(metric) - beside.table(metric))
             cell = _SIGNED.format(difference.prompts.mean, difference.prompts.low, difference.prompts.high)
             if math.isfinite(difference.seeds.low):
                 cell += f" ({difference.seeds.low:+.3f} to {difference.seeds.high:+.3f})"
             cells.append(cell)
-        text.append("| " + " | ".join([line.title, str(len(seeds)), *cells]) + " |")
+        text.append("| " + " | ".join([line.title, str(len(line.rows)), *cells]) + " |")
     return [*text, ""] if text else []
 
 
@@ -220,6 +297,7 @@ def _pictures(
             line.run if not line.values else line.title,
             line.title,
             {metric: line.over_seeds(metric).prompts for metric in METRICS if metric in line.rows[0]["models"]["dqo"]},
+            series=line.run if line.values else None,
         )
         for line in [*starts, *lines]
     ]

@@ -40,6 +40,13 @@ class ModelResult:
     """Metric name -> mean over prompts with its interval; nan where it could not be measured."""
     mlflow: str | None = None
     """Address of its run in MLflow."""
+    series: str | None = None
+    """Models of one series, e.g. a run at several temperatures, share a colour and are joined in their order."""
+
+    @property
+    def look(self) -> str:
+        """What its style is known by."""
+        return self.series or self.name
 
 
 @dataclass(frozen=True)
@@ -210,7 +217,7 @@ def plane_figure(
     """Each model as a point with the cross of its two intervals: diversity to the right, quality upwards.
 
     Args:
-        models: In display order; those without a number for `x` or `y` are left out.
+        models: In display order; those without a number for `x` or `y` are left out. Those of one series are joined.
         x: Metric of the horizontal axis.
         y: Metric of the vertical axis.
         n: Responses sampled for a prompt. With it, a log-volume axis spans its whole range and a second scale says how
@@ -220,12 +227,15 @@ def plane_figure(
         A figure of 7.2 x 4.6 inches on white.
     """
     shown = measured(models, x, y)
-    looks = styles([model.name for model in models])
+    looks = styles([model.look for model in models])
     figure = Figure(figsize=(7.2, 4.6), dpi=160, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     _clean(axes)
+    for series in dict.fromkeys(model.series for model in shown if model.series is not None):
+        points = [(model.metrics[x].mean, model.metrics[y].mean) for model in shown if model.series == series]
+        axes.plot(*zip(*points, strict=True), color=looks[series].light, linewidth=1.2, alpha=0.5)
     for model in shown:
-        look, across, up = looks[model.name], model.metrics[x], model.metrics[y]
+        look, across, up = looks[model.look], model.metrics[x], model.metrics[y]
         axes.errorbar(
             across.mean, up.mean, xerr=_arm(across), yerr=_arm(up), elinewidth=1.6,
             fmt=look.marker, color=look.light, markersize=9, markeredgecolor="white", markeredgewidth=1.2,
@@ -253,7 +263,7 @@ def _label_points(
     figure.draw_without_rendering()  # positions and text sizes are known only after the layout
     point = figure.dpi / 72
     texts = [
-        axes.text(0, 0, model.label, color=looks[model.name].light, fontsize=10, fontweight="bold") for model in models
+        axes.text(0, 0, model.label, color=looks[model.look].light, fontsize=10, fontweight="bold") for model in models
     ]
     extents = [text.get_window_extent() for text in texts]
 

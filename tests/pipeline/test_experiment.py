@@ -75,6 +75,18 @@ def test_the_narrower_setting_wins(recipe, tmp_path):
         ({"recipes": ["poem"]}, "parts.p.recipes: got 'poem'; expected one of: story"),
         ({"against": "base"}, "parts.p.against: got 'base'; expected one of: dqo"),
         ({"seeds": []}, "parts.0.seeds: got []"),
+        ({"claim": {"run": "dqo", "higher": ["bleu"]}}, "parts.0.claim.higher.0: got 'bleu'"),
+        ({"claim": {"run": "dqo", "not_lower": {"quality": -1}}}, "parts.0.claim.not_lower.quality: got -1"),
+        ({"claim": {"run": "dqo", "higher": ["quality"]}}, "parts.p.claim: got a part without `against`"),
+        (
+            {"claim": {"run": "dqo", "higher": ["quality"]}, "against": "dqo", "grid": {"method.alpha": [1]}},
+            "parts.p.claim: got a part with a grid",
+        ),
+        (
+            {"claim": {"run": "a", "higher": ["quality"]}, "against": "a", "runs": {"a": {}, "b": {}}},
+            "parts.p.claim.run: got 'a'; expected one of: b",
+        ),
+        ({"claim": {"run": "b"}, "against": "a", "runs": {"a": {}, "b": {}}}, "parts.p.claim: claims nothing"),
         ({"sedes": [1]}, "parts.0.sedes: got [1]"),
     ],
 )

@@ -511,6 +511,26 @@ def test_plane_figure_labels_every_measured_model(data, n):
         assert high > 8 * math.log(2)
 
 
+def test_plane_figure_joins_the_models_of_a_series_in_their_order():
+    points = {"a": [(3.0, 0.9), (4.0, 0.8), (3.5, 0.5)], "b": [(2.0, 0.4), (2.5, 0.3)]}
+    models = [
+        ModelResult(
+            f"{series} {i}", f"{series} {i}", {"log_volume": interval(x), "quality": interval(y)}, series=series
+        )
+        for series, path in points.items()
+        for i, (x, y) in enumerate(path)
+    ]
+    alone = result("alone", "Alone", interval(1.0), interval(0.1))
+    axes = figures.plane_figure([alone, *models]).axes[0]
+    lines = [line for line in axes.lines if len(line.get_xydata()) > 1]
+    assert [line.get_xydata().tolist() for line in lines] == [[list(p) for p in path] for path in points.values()]
+    # One colour a series, on its line and its labels.
+    colours = {text.get_text(): text.get_color() for text in axes.texts}
+    for line, series in zip(lines, points, strict=True):
+        assert {colours[model.label] for model in models if model.series == series} == {line.get_color()}
+    assert len(set(colours.values())) == 3
+
+
 def test_learning_curves_figure_draws_the_values(data):
     figure = figures.learning_curves_figure({"reward_only": data.histories["reward_only"], "dqo": history(4.2, 4.1)})
     volume = figure.axes[1]

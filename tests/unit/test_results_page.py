@@ -96,6 +96,62 @@ def test_differences_are_paired(page):
     assert second[:3] == ["vendi", "1", "-0.050 [-0.050, -0.050]"]
 
 
+CLAIM = {"run": "dqo", "higher": ["log_volume", "distinct_4"], "not_lower": {"quality": 0.03, "best_of_n": 0.02}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "seeds", "holds"),
+    [
+        ({}, 3, "yes"),
+        # The means differ, and the intervals over prompts (about +-0.06 wide) share some ground.
+        ({"log_volume": 0.05}, 3, "no: Log-volume"),
+        ({"distinct_4": -0.5}, 3, "no: Distinct-4"),
+        ({"quality": -0.029, "best_of_n": -0.019}, 3, "yes"),
+        ({"quality": -0.031, "best_of_n": -0.021}, 3, "no: Quality, Best of n"),
+        ({}, 2, "so far yes"),
+        ({"quality": -0.031}, 1, "so far no: Quality"),
+    ],
+)
+def test_a_claim_is_held_against_the_rows(tmp_path, changes: dict[str, float], seeds: int, holds: str):
+    document = EXPERIMENT.model_dump()
+    document["parts"][0]["claim"] = CLAIM
+    document["parts"][0]["runs"].pop("vendi")
+    results = Results(tmp_path / "results", "grid")
+    cells = [cell("methods", run, seed) for seed in range(3) for run in ("reward-only", "dqo")]
+    by = {"log_volume": 0.5, "distinct_4": 0.5, "quality": 0.0, "best_of_n": 0.0} | changes
+    for one in cells[: 2 * seeds]:
+        result, responses = row(one, 0.1)
+        if one.run == "dqo":
+            for metric, shift in by.items():
+                # 0.09 more in the last seed for the volume: the mean holds a third of it.
+                added = shift + (0.09 if one.seed == 2 and metric == "log_volume" and shift > 0.1 else 0)
+                result["models"]["dqo"][metric] = [value + added for value in result["models"]["dqo"][metric]]
+        results.add(result, responses)
+    write_page(Experiment.model_validate(document), cells, results, tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert (
+        "Claimed of dqo beside reward-only: higher in log-volume and distinct-4 (95 % intervals apart); at most 0.03 "
+        "lower in quality; at most 0.02 lower in best of n." in text
+    )
+    (found,) = (line for line in lines_of(text.split("## Methods")[0], "| story |"))
+    volume = by["log_volume"] + (0.03 if seeds == 3 and by["log_volume"] > 0.1 else 0)
+    assert found[:2] == ["story", f"{seeds} of 3"] and found[-1] == holds
+    assert found[2] == f"{volume:+.3f} ({seeds} of {seeds})"
+    assert found[4] == f"{by['quality']:+.3f} (0 of {seeds})"
+
+
+def test_a_claim_of_what_was_not_run_is_not_said_to_hold(tmp_path):
+    document = EXPERIMENT.model_dump()
+    document["parts"][0]["claim"] = CLAIM
+    results = Results(tmp_path / "results", "grid")
+    cells = [cell("methods", run, seed) for seed in range(2) for run in ("reward-only", "dqo")]
+    results.add(*row(cells[0], 0.1))
+    results.add(*row(cells[3], 0.1))  # of another seed: nothing is paired
+    write_page(Experiment.model_validate(document), cells, results, tmp_path / "page.md")
+    (found,) = lines_of((tmp_path / "page.md").read_text().split("## Methods")[0], "| story |")
+    assert found == ["story", "0 of 2", "", "", "", "", "not run yet"]
+
+
 def test_what_is_missing_is_said(page):
     text, _ = page
     assert "9 of 12 runs are finished" in text
