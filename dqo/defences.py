@@ -1,7 +1,7 @@
 """Who earns a bonus, and for which words: conditions against raising the diversity of a group without its quality.
 
 A response that earns none leaves the kernel, so that it neither gains by differing nor makes others look alike or
-unlike, and its advantage is that of its quality alone (docs/method.md).
+unlike. What it gets instead is the trainer's to say (docs/method.md).
 """
 
 import re

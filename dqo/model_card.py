@@ -9,8 +9,8 @@ from dqo import __version__
 from dqo.bundled import origin
 from dqo.checkpoint import CheckpointCard
 from dqo.evaluation.catalogue import METRICS
+from dqo.labels import bonus_earners, label
 from dqo.recipe import Recipe
-from dqo.stages.labels import label
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -140,6 +140,7 @@ def _training(recipe: Recipe, card: CheckpointCard) -> str:
         "steps": f"{recipe.sft.steps} of SFT, {card.steps} of RL",
         "alpha (nats to quality), k": f"{method.alpha if card.model == 'dqo' else 0:g}, {method.k}",
         "score, advantage": f"{method.score}, {method.advantage}",
+        "bonus for": bonus_earners(method.defences),
         "reward": _reward(recipe),
         "encoder": encoder,
         "seed": str(recipe.seed),

@@ -123,7 +123,7 @@ def _latest_run(uri: str) -> str:
 
 
 def _labels(recipe: Recipe) -> dict[str, str]:
-    from dqo.stages.labels import label
+    from dqo.labels import label
 
     return {name: label(recipe, name) for name in recipe.model_names}
 

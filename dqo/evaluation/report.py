@@ -38,6 +38,7 @@ from dqo.evaluation.statistics import Interval, overlap
 from dqo.files import write_text
 from dqo.gate import describe
 from dqo.health import Finding as HealthFinding
+from dqo.labels import bonus_earners, objective
 from dqo.recipe import Recipe
 
 _SHOWN_FIRST = ("log_volume", "quality", "self_bleu_diversity", "best_of_n")
@@ -368,7 +369,8 @@ def _recipe_rows(recipe: Recipe) -> list[tuple[str, str]]:
         ("Policy", source(recipe.policy.model, recipe.policy.revision)),
         ("Trained weights", f"LoRA, rank {lora.r}, on {lora.target_modules}" if lora else "all"),
         ("Sentence encoder", source(recipe.encoder.model, recipe.encoder.revision)),
-        ("Objective", f"quality + {method.alpha:g} \u00d7 log det(L + I) over groups of {method.k}"),
+        ("Objective", f"{objective(method)}, groups of {method.k}"),
+        ("Bonus for", bonus_earners(method.defences)),
         ("Advantage", f"{method.advantage}, quality scale {method.quality_scale}"),
         ("SFT", f"{sft.steps} steps of {sft.prompts_per_step} prompts, lr {sft.learning_rate:g}, alpha {sft.alpha:g}"),
         ("RL", f"{rl.steps} steps of {rl.prompts_per_step} prompts \u00d7 {method.k}, lr {rl.learning_rate:g}, "
@@ -415,6 +417,7 @@ def render(data: ReportData) -> str:
         volumes=[(count, volume_of(count, n)) for count in range(1, n + 1) if n <= 10 or count in (1, 2, 4, 8, 16, n)],
         card=_flat(data.data_card),
         environment=_flat(data.environment),
+        objective=objective(data.recipe.method),
         recipe_rows=_recipe_rows(data.recipe),
     )
 

@@ -27,6 +27,7 @@ from dqo.generation import sample_texts
 from dqo.health import judge as judge_health
 from dqo.judges import build as build_judge
 from dqo.judges import check as check_judge
+from dqo.labels import label
 from dqo.policy import default_device, end_of_turn_ids, load_for_inference, load_tokenizer
 from dqo.progress import Progress
 from dqo.recipe import Recipe
@@ -34,7 +35,6 @@ from dqo.rewards import Reward, build, score
 from dqo.shell import dqo_command
 from dqo.stages.context import Context, StageFolder, reward_identity, running, stage_key, with_identity
 from dqo.stages.judging import Judged, ask, audit_figures, in_workspace, key_of, model_figures
-from dqo.stages.labels import label
 from dqo.tasks import get_task
 
 

@@ -537,3 +537,14 @@ def test_learning_curves_figure_draws_the_values(data):
     drawn = volume.lines[0].get_xydata()
     assert drawn[-1].tolist() == pytest.approx([20, 2.5])
     assert [text.get_text() for text in volume.get_legend().get_texts()] == ["Reward-only RL", "DQO-RL"]
+
+
+def test_the_report_names_the_score_that_was_weighed(data):
+    def shown(changes: dict) -> str:
+        method = data.recipe.method.model_copy(update=changes)
+        return report.render(replace(data, recipe=data.recipe.model_copy(update={"method": method})))
+
+    own = shown({"alpha": 1.5})
+    assert " steps on quality + 1.5 \u00d7 log-volume" in own and "is what DQO optimises; Vendi score" in own
+    other = shown({"alpha": 0.25, "score": "vendi"})
+    assert " steps on quality + 0.25 \u00d7 Vendi score" in other and "is what DQO optimises; Vendi score" not in other
