@@ -302,6 +302,9 @@ def _pictures(
         for line in [*starts, *lines]
     ]
     keep(plane_figure(models, n=n), "plane", f"Quality against log-volume, {part.title}, {label}")
+    if len(lines) > 2:  # beside what they started from, several trained models are one spot
+        trained = models[len(starts) :]
+        keep(plane_figure(trained), "trained", f"The trained models alone, {part.title}, {label}")
     field = next((name for name, values in part.grid.items() if len(values) > 1), None)
     if field is not None and all(isinstance(value, (int, float)) for value in part.grid[field]):
         series = {

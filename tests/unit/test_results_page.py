@@ -188,6 +188,7 @@ def test_pictures_are_those_of_the_parts(page):
     assert pictures == [
         "alpha-story-plane.png", "alpha-story-sweep.png",
         "methods-story-best-of-n.png", "methods-story-learning.png", "methods-story-plane.png",
+        "methods-story-trained.png",
     ]  # fmt: skip
     assert all(f"](page/{name})" in text for name in pictures)
     assert all((folder / "page" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
