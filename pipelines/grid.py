@@ -42,7 +42,7 @@ class Claim(_Section):
 
     run: str
     higher: list[_Metric] = []
-    not_lower: dict[_Metric, Annotated[float, Field(ge=0)]] = {}
+    not_lower: dict[_Metric, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
 
 
 class Part(_Section):
@@ -201,6 +201,8 @@ def _check_claim(part: Part, claim: Claim, where: str) -> None:
         raise DQOError(f"{where}.run: got {claim.run!r}; expected one of: {', '.join(others)}")
     if not (claim.higher or claim.not_lower):
         raise DQOError(f"{where}: claims nothing; expected `higher` or `not_lower`")
+    if both := [metric for metric in claim.higher if metric in claim.not_lower]:
+        raise DQOError(f"{where}: got {both[0]!r} in `higher` and in `not_lower`; expected it in one of them")
 
 
 def _with(recipe: Recipe, settings: dict[str, Any], where: str) -> Recipe:

@@ -105,7 +105,7 @@ def _claims(experiment: Experiment, cells: Sequence[Cell], done: Mapping[str, di
             asked.append(f"higher in {_all([_in_text(metric) for metric in claim.higher])} (95 % intervals apart)")
         for bound in dict.fromkeys(claim.not_lower.values()):
             bounded = [_in_text(metric) for metric, by in claim.not_lower.items() if by == bound]
-            asked.append(f"at most {bound:g} lower in {_all(bounded)}")
+            asked.append(f"{f'at most {bound:g}' if bound else 'not'} lower in {_all(bounded)}")
         metrics = [*claim.higher, *claim.not_lower]
         columns = ["task", "seeds", *(METRICS[metric].label for metric in metrics), "holds"]
         text += [

@@ -1,6 +1,7 @@
 """The command `experiment` on tiny random models: expanding, running, resuming, and what is wrong with a file."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,15 @@ def test_the_narrower_setting_wins(recipe, tmp_path):
             "parts.p.claim.run: got 'a'; expected one of: b",
         ),
         ({"claim": {"run": "b"}, "against": "a", "runs": {"a": {}, "b": {}}}, "parts.p.claim: claims nothing"),
+        ({"claim": {"run": "b", "not_lower": {"quality": math.inf}}}, "parts.0.claim.not_lower.quality: got inf"),
+        (
+            {
+                "claim": {"run": "b", "higher": ["quality"], "not_lower": {"quality": 0}},
+                "against": "a",
+                "runs": {"a": {}, "b": {}},
+            },
+            "parts.p.claim: got 'quality' in `higher` and in `not_lower`",
+        ),
         ({"sedes": [1]}, "parts.0.sedes: got [1]"),
     ],
 )

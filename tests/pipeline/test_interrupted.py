@@ -20,7 +20,7 @@ from pipeline.tiny_runs import (
     started,
     write_recipe,
 )
-from small_disk import mount_small
+from small_disk import mount_small, resize, unmount
 from tiny import write_policy
 
 from dqo.recipe import load
@@ -49,7 +49,7 @@ class Interrupted:
     disk_full: Try | None
     """At the first checkpoint; `None` where no small file system may be mounted."""
     no_mount: str
-    """Why none may be, in the words of `mount`; empty where one is."""
+    """Why none may be; empty where one is."""
     ctrl_c: Try
     """In the reward-only stage, behind a checkpoint."""
     killed: Try
@@ -95,7 +95,7 @@ def interrupted(tiny_encoder, tmp_path_factory) -> Iterator[Interrupted]:
     try:
         if not no_mount:
             disk_full = try_until(recipe, out)
-            subprocess.run(["mount", "-o", "remount,size=512m", mount], check=True)
+            resize(mount, "512m")
         ctrl_c = try_until(recipe, out, "rl-reward_only", signal.SIGINT)
         # A half-written checkpoint must not be taken.
         (stage,) = out.glob("workspace/stages/rl-reward_only-*")
@@ -105,14 +105,14 @@ def interrupted(tiny_encoder, tmp_path_factory) -> Iterator[Interrupted]:
     finally:
         if not no_mount:
             # This process has MLflow's store on it open.
-            subprocess.run(["umount", "--lazy", mount], check=True)
+            unmount(mount)
 
 
 @pytest.mark.slow
 def test_full_disk_at_a_checkpoint(interrupted):
     """The run stops with a clear message that says how to continue."""
     if interrupted.disk_full is None:
-        pytest.skip(f"no file system of its own may be mounted here ({interrupted.no_mount})")
+        pytest.skip(interrupted.no_mount)
     status, printed = interrupted.disk_full.status, interrupted.disk_full.printed
     assert status == 2, printed
     assert "disk is full" in printed and "Traceback" not in printed

@@ -4,7 +4,6 @@ import errno
 import os
 import shutil
 import sqlite3
-import subprocess
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_disk import mount_small
+from small_disk import mount_small, unmount
 
 from dqo.stages.context import full_disk_message
 
@@ -74,12 +73,12 @@ def small(tmp_path: Path) -> Iterator[Path]:
     mount = tmp_path / "small"
     mount.mkdir()
     if no_mount := mount_small(mount, "4m"):
-        pytest.skip(f"no file system of its own may be mounted here ({no_mount})")
+        pytest.skip(no_mount)
     try:
         yield mount
     finally:
         # An error of torch's keeps its half-written file open, so the file system goes when the last of them does.
-        subprocess.run(["umount", "--lazy", mount], check=True)
+        unmount(mount)
 
 
 def test_every_way_in_which_torch_fails_on_a_full_disk_is_recognised(small: Path, tmp_path: Path):
