@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -84,7 +85,9 @@ def run(
             from pipelines.results import write_page  # heavy: matplotlib, scipy
 
             where = page or results.path.with_suffix(".md")
-            write_page(experiment, cells, results, where)
+            # Not `dqo_command`: the page is read elsewhere than here.
+            words = ["dqo", "experiment", short(path), "--results", short(results.folder), "--page", short(where)]
+            write_page(experiment, cells, results, where, shlex.join(words))
             console.print(f"Results: {short(where)}", soft_wrap=True)
     if failed:
         console.print(f"{len(failed)} of {len(missing)} runs failed; repeat the command to try them again", style="red")

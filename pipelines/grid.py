@@ -38,11 +38,13 @@ class Claim(_Section):
         run: The run of the part that it is about.
         higher: Metrics whose mean is to be higher, with intervals that do not overlap.
         not_lower: Metric -> how much lower its mean may be.
+        text: What a reader of the verdict has to know, Markdown.
     """
 
     run: str
     higher: list[_Metric] = []
     not_lower: dict[_Metric, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
+    text: str = ""
 
 
 class Part(_Section):
@@ -174,6 +176,12 @@ def expand(experiment: Experiment, path: Path) -> list[Cell]:
         for label in part.recipes or bases:
             if label not in bases:
                 raise DQOError(f"{path}: parts.{part.name}.recipes: got {label!r}; expected one of: {', '.join(bases)}")
+        for name in ("base", "sft"):
+            if name in part.runs:
+                raise DQOError(
+                    f"{path}: parts.{part.name}.runs: got {name!r}, which the page shows beside every run anyway; "
+                    "expected another name"
+                )
         if part.against is not None and part.against not in part.runs:
             raise DQOError(
                 f"{path}: parts.{part.name}.against: got {part.against!r}; expected one of: {', '.join(part.runs)}"

@@ -7,6 +7,8 @@ range of the seeds' means, where there are several.
 
 import json
 import math
+import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,13 +20,22 @@ from numpy.typing import NDArray
 
 from dqo.evaluation.best_of import curve_intervals, expected_best, pass_at_k
 from dqo.evaluation.catalogue import METRICS
-from dqo.evaluation.figures import ModelResult, curve_figure, learning_curves_figure, plane_figure, sweep_figure
+from dqo.evaluation.figures import ModelResult, curve_figure, learning_curves_figure, plane_figure, styles, sweep_figure
 from dqo.evaluation.statistics import OverSeeds, over_seeds, overlap
 from dqo.files import write_text
 from dqo.tasks import get_task
 from pipelines.grid import Cell, Claim, Experiment, Part, Results
 
-_SHOWN = ("quality", "best_of_n", "log_volume", "distinct_4", "self_bleu_diversity", "duplicate_rate", "mean_tokens")
+_SHOWN = (
+    "quality",
+    "best_of_n",
+    "log_volume",
+    "distinct_4",
+    "self_bleu_diversity",
+    "duplicate_rate",
+    "truncation_rate",
+    "mean_tokens",
+)
 _DECIDING = ("quality", "best_of_n", "log_volume", "distinct_4", "self_bleu_diversity")
 _SIGNED = "{:+.3f} [{:+.3f}, {:+.3f}]"
 
@@ -59,7 +70,9 @@ class Line:
         return over_seeds(self.table(metric))
 
 
-def write_page(experiment: Experiment, cells: Sequence[Cell], results: Results, path: Path) -> None:
+def write_page(
+    experiment: Experiment, cells: Sequence[Cell], results: Results, path: Path, command: str | None = None
+) -> None:
     """Write the page and its pictures, which go into a folder of the page's name.
 
     Args:
@@ -67,6 +80,7 @@ def write_page(experiment: Experiment, cells: Sequence[Cell], results: Results, 
         cells: See `pipelines.grid.expand`.
         results: What is finished so far; what is missing is said on the page.
         path: The page, Markdown.
+        command: Makes the page again, and runs what is missing; said on it.
     """
     done = results.rows()
     pictures = path.with_suffix("")
@@ -79,6 +93,11 @@ def write_page(experiment: Experiment, cells: Sequence[Cell], results: Results, 
         f"{len(keys & done.keys())} of {len(keys)} runs are finished. Means over prompts and seeds; in brackets the "
         "95 % bootstrap interval over prompts, and behind it the range of the seeds' means where there are several.",
         "",
+        "In the pictures, crosses, bars and bands are the intervals over prompts: other training runs would differ by "
+        "more. Learning curves are of the responses that training sampled, thin for single steps and bold for their "
+        "moving average; their groups may be of another size than the evaluation's, and volumes of different sizes do "
+        "not compare.",
+        "",
     ]
     text += _claims(experiment, cells, done)
     for part in experiment.parts:
@@ -89,7 +108,8 @@ def write_page(experiment: Experiment, cells: Sequence[Cell], results: Results, 
             if len(labels) > 1:
                 text += [f"### {label}", ""]
             text += _section(part, label, chosen, done, results, pictures)
-    text += _provenance([done[key] for key in sorted(keys & done.keys())])
+    folder = os.path.relpath(results.folder, path.parent)
+    text += _provenance([done[key] for key in sorted(keys & done.keys())], Path(folder).as_posix(), command)
     write_text(path, "\n".join(text).rstrip() + "\n")
 
 
@@ -102,7 +122,8 @@ def _claims(experiment: Experiment, cells: Sequence[Cell], done: Mapping[str, di
         claim = part.claim
         asked = []
         if claim.higher:
-            asked.append(f"higher in {_all([_in_text(metric) for metric in claim.higher])} (95 % intervals apart)")
+            higher = _all([_in_text(metric) for metric in claim.higher])
+            asked.append(f"higher in {higher} (the two models' own 95 % intervals apart)")
         for bound in dict.fromkeys(claim.not_lower.values()):
             bounded = [_in_text(metric) for metric, by in claim.not_lower.items() if by == bound]
             asked.append(f"{f'at most {bound:g}' if bound else 'not'} lower in {_all(bounded)}")
@@ -118,7 +139,7 @@ def _claims(experiment: Experiment, cells: Sequence[Cell], done: Mapping[str, di
         for label in dict.fromkeys(cell.label for cell in cells if cell.part == part.name):
             chosen = [cell for cell in cells if (cell.part, cell.label) == (part.name, label)]
             text.append("| " + " | ".join(_claimed(part, claim, label, chosen, done, metrics)) + " |")
-        text.append("")
+        text += ["", *([claim.text, ""] if claim.text else [])]
     return ["## In short", "", *text] if text else []
 
 
@@ -292,23 +313,28 @@ def _pictures(
         text.extend([f"![{description}]({folder.name}/{path.name})", ""])
 
     n = lines[0].rows[0]["n"]
+    swept = next((name for name, values in part.grid.items() if len(values) > 1), None)
+    if swept is not None and not all(isinstance(value, (int, float)) for value in part.grid[swept]):
+        swept = None
+    # One look a run in all pictures of the part, under the name that its tables use.
+    labels = {_look(line, swept): line.run if swept and line.values else line.title for line in [*starts, *lines]}
+    looks = {name: replace(look, label=labels[name]) for name, look in styles(list(labels)).items()}
     models = [
         ModelResult(
-            line.run if not line.values else line.title,
+            _look(line, swept),
             line.title,
             {metric: line.over_seeds(metric).prompts for metric in METRICS if metric in line.rows[0]["models"]["dqo"]},
-            series=line.run if line.values else None,
+            series=line.run if swept and line.values else None,
         )
         for line in [*starts, *lines]
     ]
-    keep(plane_figure(models, n=n), "plane", f"Quality against log-volume, {part.title}, {label}")
+    keep(plane_figure(models, n=n, looks=looks), "plane", f"Quality against log-volume, {part.title}, {label}")
     if len(lines) > 2:  # beside what they started from, several trained models are one spot
         trained = models[len(starts) :]
-        keep(plane_figure(trained), "trained", f"The trained models alone, {part.title}, {label}")
-    field = next((name for name, values in part.grid.items() if len(values) > 1), None)
-    if field is not None and all(isinstance(value, (int, float)) for value in part.grid[field]):
+        keep(plane_figure(trained, looks=looks), "trained", f"The trained models alone, {part.title}, {label}")
+    if swept is not None:
         series = {
-            run: {float(line.values[field]): line for line in lines if line.run == run}
+            run: {float(line.values[swept]): line for line in lines if line.run == run}
             for run in dict.fromkeys(line.run for line in lines)
         }
         for_metric = {
@@ -318,26 +344,32 @@ def _pictures(
             }
             for metric in ("quality", "log_volume")
         }
-        keep(sweep_figure(for_metric, field), "sweep", f"Quality and log-volume over {field}, {label}")
+        setting = swept.rpartition(".")[2].replace("_", " ")
+        keep(sweep_figure(for_metric, setting, looks), "sweep", f"Quality and log-volume over {setting}, {label}")
         return text
     keep(
-        learning_curves_figure({line.title: _mean_history(line) for line in lines}),
+        learning_curves_figure({_look(line, swept): _mean_history(line) for line in lines}, looks),
         "learning",
         f"Quality and log-volume of the rollouts over training, {label}",
     )
     passing = get_task(lines[0].rows[0]["task"]).passing
-    curves = {line.title: curve_intervals(_curve(line, results, passing)) for line in [*starts, *lines]}
-    name, title = ("best-of-n", "Expected best quality of n responses")
+    curves = {_look(line, swept): curve_intervals(_curve(line, results, passing)) for line in [*starts, *lines]}
+    file, title = ("best-of-n", "Expected best quality of n responses")
     if passing is not None:
-        name, title = ("pass-at-n", "Chance that one of n responses is right (pass@n)")
+        file, title = ("pass-at-n", "Chance that one of n responses is right (pass@n)")
         shown = sorted({1, 5, n} & set(range(1, n + 1)))
         text += ["| model | " + " | ".join(f"pass@{k}" for k in shown) + " |", "|" + "---|" * (len(shown) + 1)]
-        for model, intervals in curves.items():
+        for name, intervals in curves.items():
             cells = [f"{one.mean:.3f} [{one.low:.3f}, {one.high:.3f}]" for one in (intervals[k - 1] for k in shown)]
-            text.append("| " + " | ".join([model, *cells]) + " |")
+            text.append("| " + " | ".join([labels[name], *cells]) + " |")
         text.append("")
-    keep(curve_figure(curves, "n", title), name, f"{title}, {label}")
+    keep(curve_figure(curves, "n", title, looks), file, f"{title}, {label}")
     return text
+
+
+def _look(line: Line, swept: str | None) -> str:
+    """What a line's style is known by: runs over the values of one number look alike."""
+    return line.run if swept or not line.values else line.title
 
 
 def _mean_history(line: Line) -> list[dict[str, float]]:
@@ -367,22 +399,31 @@ def _curve(line: Line, results: Results, passing: float | None) -> NDArray[np.fl
     return np.mean(curves, axis=0)
 
 
-def _provenance(rows: Sequence[dict[str, Any]]) -> list[str]:
+def _provenance(rows: Sequence[dict[str, Any]], folder: str, command: str | None) -> list[str]:
+    """Where the rows were made and lie, and how to make them again."""
     if not rows:
         return []
-    hours = sum(row["seconds"] for row in rows) / 3600
+    seconds = sorted(row["seconds"] for row in rows)
     counts = {row["task"]: row["prompts"] for row in rows}
     prompts = (
         str(rows[0]["prompts"])
         if len(set(counts.values())) == 1
         else f"{', '.join(f'{count} ({task})' for task, count in sorted(counts.items()))}"
     )
-    machines, libraries = (", ".join(sorted({row[name] for row in rows})) for name in ("machine", "library"))
-    return [
+    machines = ", ".join(sorted({row["machine"] for row in rows}))
+    libraries = Counter(row["library"] for row in rows)
+    text = [
         "## Where the numbers are from",
         "",
-        f"{prompts} evaluation prompts and {rows[0]['n']} responses each. {hours:.1f} hours of runs on "
-        f"{machines}, which did other work at the same time; at most {max(row['memory_gib'] for row in rows):.1f} GiB. "
-        f"Library: {libraries} (version and digest of its source). The rows and all responses lie beside the results.",
+        f"{prompts} evaluation prompts and {rows[0]['n']} responses each. {sum(seconds) / 3600:.1f} hours on "
+        f"{machines}: {seconds[0] / 60:.0f} to {seconds[-1] / 60:.0f} minutes a run, half of them at least "
+        f"{seconds[len(seconds) // 2] / 60:.0f}, less what an interrupted run had done before; at most "
+        f"{max(row['memory_gib'] for row in rows):.1f} GiB. The rows and all responses are in [{folder}]({folder}).",
+        "",
+        "Version of the library with a digest of its source (each row names its own): "
+        f"{', '.join(f'{name} ({number} runs)' for name, number in sorted(libraries.items()))}.",
         "",
     ]
+    if command is not None:
+        text += ["To run what is missing and write this page again:", "", "```sh", command, "```", ""]
+    return text

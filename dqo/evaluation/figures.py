@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from scipy.optimize import brentq
@@ -146,11 +147,19 @@ class Box:
         height = min(self.y1, other.y1) - max(self.y0, other.y0)
         return max(width, 0.0) * max(height, 0.0)
 
+    def nearest(self, point: Point) -> Point:
+        """The rectangle's point that is nearest to another one."""
+        return min(max(point[0], self.x0), self.x1), min(max(point[1], self.y0), self.y1)
+
+    def distance(self, point: Point) -> float:
+        """From a point to the rectangle; 0 inside."""
+        return math.dist(point, self.nearest(point))
+
 
 def place_labels(
     anchors: Sequence[Point], sizes: Sequence[tuple[float, float]], obstacles: Sequence[Box], frame: Box
 ) -> list[Box]:
-    """Find a place for each label beside its anchor, off the obstacles, the other labels and the frame's edge.
+    """Find a place for each label beside its own anchor, off the obstacles, the other labels and the frame's edge.
 
     Args:
         anchors: Points that the labels belong to.
@@ -177,7 +186,15 @@ def place_labels(
                 found.append((cost, box))
         return found
 
-    options = [candidates(anchor, size) for anchor, size in zip(anchors, sizes, strict=True)]
+    def nearer_to_another(i: int, box: Box) -> bool:
+        """Whether a reader would take the label for that of another point."""
+        distances = [box.distance(anchor) for anchor in anchors]
+        return min((d for j, d in enumerate(distances) if j != i), default=math.inf) < distances[i] + 4
+
+    options = [
+        [(cost + (40 if nearer_to_another(i, box) else 0), box) for cost, box in candidates(anchor, size)]
+        for i, (anchor, size) in enumerate(zip(anchors, sizes, strict=True))
+    ]
     chosen = [min(option, key=lambda item: item[0])[1] for option in options]
     for _ in range(4):  # a few rounds settle labels that want the same place
         for i, option in enumerate(options):
@@ -205,6 +222,19 @@ def _clean(axes: Axes) -> None:
     axes.tick_params(length=0, labelcolor=_MUTED, labelsize=9)
 
 
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Name the lines: inside the axes where they are few, else once beside the panels, where no line runs."""
+    handles, labels = axes.get_legend_handles_labels()
+    if not handles:
+        return
+    if len(handles) <= 3:
+        axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
+    elif not figure.legends:
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width + 0.7 + 0.07 * max(map(len, labels)), height)
+        figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9, labelcolor=_INK)
+
+
 def _arm(interval: Interval) -> list[list[float]] | None:
     """The two sides of an error bar, or none where the bounds are missing."""
     low, high = interval.mean - interval.low, interval.high - interval.mean
@@ -212,7 +242,11 @@ def _arm(interval: Interval) -> list[list[float]] | None:
 
 
 def plane_figure(
-    models: Sequence[ModelResult], x: str = "log_volume", y: str = "quality", n: int | None = None
+    models: Sequence[ModelResult],
+    x: str = "log_volume",
+    y: str = "quality",
+    n: int | None = None,
+    looks: Mapping[str, Style] | None = None,
 ) -> Figure:
     """Each model as a point with the cross of its two intervals: diversity to the right, quality upwards.
 
@@ -222,12 +256,13 @@ def plane_figure(
         y: Metric of the vertical axis.
         n: Responses sampled for a prompt. With it, a log-volume axis spans its whole range and a second scale says how
             many unrelated responses a volume amounts to.
+        looks: Style of each `ModelResult.look`, e.g. `styles` of more models than these; by default theirs alone.
 
     Returns:
         A figure of 7.2 x 4.6 inches on white.
     """
     shown = measured(models, x, y)
-    looks = styles([model.look for model in models])
+    looks = looks or styles([model.look for model in models])
     figure = Figure(figsize=(7.2, 4.6), dpi=160, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     _clean(axes)
@@ -240,7 +275,8 @@ def plane_figure(
             across.mean, up.mean, xerr=_arm(across), yerr=_arm(up), elinewidth=1.6,
             fmt=look.marker, color=look.light, markersize=9, markeredgecolor="white", markeredgewidth=1.2,
         )  # fmt: skip
-    axes.set_xlabel(f"{METRICS[x].label} (diversity)", color=_INK, fontsize=10)
+    unit = "nats, diversity" if x == "log_volume" else "diversity"
+    axes.set_xlabel(f"{METRICS[x].label} ({unit})", color=_INK, fontsize=10)
     axes.set_ylabel(METRICS[y].label, color=_INK, fontsize=10)
     axes.margins(x=0.12, y=0.16)
     if n is not None and x == "log_volume":
@@ -281,22 +317,31 @@ def _label_points(
             obstacles.append(Box(px - 2, place(0, up.low)[1] - 2, px + 2, place(0, up.high)[1] + 2))
     frame = Box(*(edge / point for edge in axes.get_window_extent().extents))
     sizes = [(extent.width / point, extent.height / point) for extent in extents]
-    for text, box in zip(texts, place_labels(anchors, sizes, obstacles, frame), strict=True):
+    places = place_labels(anchors, sizes, obstacles, frame)
+    for text, anchor, box in zip(texts, anchors, places, strict=True):
+        if box.distance(anchor) > 18:  # too far to be read as the marker's own without a line between them
+            ends = [(px / 72, py / 72) for px, py in (anchor, box.nearest(anchor))]
+            line = Line2D(
+                *zip(*ends, strict=True), transform=figure.dpi_scale_trans, color=text.get_color(), linewidth=0.8
+            )
+            figure.add_artist(line).set_in_layout(False)
         # In inches: a picture saved at another resolution than the figure's keeps its labels.
         text.set(transform=figure.dpi_scale_trans, position=(box.x0 / 72, box.y0 / 72), verticalalignment="bottom")
         text.set_in_layout(False)
 
 
-def learning_curves_figure(histories: Mapping[str, History]) -> Figure:
+def learning_curves_figure(histories: Mapping[str, History], looks: Mapping[str, Style] | None = None) -> Figure:
     """Reward and log-volume of the rollouts over training, one line a variant.
 
     Args:
         histories: Variant name -> its history; variants without a metric are left out of its panel.
+        looks: Style of each variant, e.g. `styles` of more than these; by default theirs alone.
 
     Returns:
-        A figure of 9.6 x 3.6 inches on white. Thin lines are single steps, bold ones their moving average.
+        A figure of 9.6 x 3.6 inches on white, with many variants wider by their legend. Thin lines are single steps,
+        bold ones their moving average.
     """
-    looks = styles(list(histories))
+    looks = looks or styles(list(histories))
     figure = Figure(figsize=(9.6, 3.6), dpi=160, layout="constrained", facecolor="white")
     for position, metric in enumerate(("quality", "log_volume"), start=1):
         axes = figure.add_subplot(1, 2, position)
@@ -315,22 +360,24 @@ def learning_curves_figure(histories: Mapping[str, History]) -> Figure:
         )
         axes.set_xlabel("Step", color=_MUTED, fontsize=9)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        if axes.lines:
-            axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
+        _legend(figure, axes)
     return figure
 
 
-def sweep_figure(series: Mapping[str, Mapping[str, Mapping[float, Interval]]], field: str) -> Figure:
+def sweep_figure(
+    series: Mapping[str, Mapping[str, Mapping[float, Interval]]], field: str, looks: Mapping[str, Style] | None = None
+) -> Figure:
     """Metrics over the values of one setting, a panel a metric and a line a run.
 
     Args:
         series: Metric -> run -> value of the setting -> mean with its interval.
-        field: The setting's name.
+        field: What a reader calls the setting.
+        looks: Style of each run, e.g. `styles` of more than these; by default theirs alone.
 
     Returns:
         A figure of 9.6 x 3.6 inches on white, bars for the intervals.
     """
-    looks = styles(list(dict.fromkeys(run for runs in series.values() for run in runs)))
+    looks = looks or styles(list(dict.fromkeys(run for runs in series.values() for run in runs)))
     figure = Figure(figsize=(9.6, 3.6), dpi=160, layout="constrained", facecolor="white")
     for position, (metric, runs) in enumerate(series.items(), start=1):
         axes = figure.add_subplot(1, len(series), position)
@@ -346,22 +393,25 @@ def sweep_figure(series: Mapping[str, Mapping[str, Mapping[float, Interval]]], f
         axes.set_xlabel(field, color=_MUTED, fontsize=9)
         axes.set_xticks(sorted({value for points in runs.values() for value in points}))
         if len(runs) > 1:
-            axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
+            _legend(figure, axes)
     return figure
 
 
-def curve_figure(curves: Mapping[str, Sequence[Interval]], across: str, up: str) -> Figure:
+def curve_figure(
+    curves: Mapping[str, Sequence[Interval]], across: str, up: str, looks: Mapping[str, Style] | None = None
+) -> Figure:
     """A value for 1, 2, 3, ... of something, one line a model with its band.
 
     Args:
         curves: Model -> means with their intervals, for 1, 2, 3, ...
         across: Label of the horizontal axis.
         up: Label of the vertical axis.
+        looks: Style of each model, e.g. `styles` of more than these; by default theirs alone.
 
     Returns:
-        A figure of 7.2 x 4.2 inches on white.
+        A figure of 7.2 x 4.2 inches on white, with many models wider by their legend.
     """
-    looks = styles(list(curves))
+    looks = looks or styles(list(curves))
     figure = Figure(figsize=(7.2, 4.2), dpi=160, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     _clean(axes)
@@ -377,7 +427,7 @@ def curve_figure(curves: Mapping[str, Sequence[Interval]], across: str, up: str)
     axes.set_xlabel(across, color=_INK, fontsize=10)
     axes.set_ylabel(up, color=_INK, fontsize=10)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
+    _legend(figure, axes)
     return figure
 
 

@@ -75,6 +75,7 @@ def test_the_narrower_setting_wins(recipe, tmp_path):
         ({"grid": {"method.k": [1]}}, "method.k: got 1"),
         ({"recipes": ["poem"]}, "parts.p.recipes: got 'poem'; expected one of: story"),
         ({"against": "base"}, "parts.p.against: got 'base'; expected one of: dqo"),
+        ({"runs": {"sft": {}}}, "parts.p.runs: got 'sft', which the page shows beside every run"),
         ({"seeds": []}, "parts.0.seeds: got []"),
         ({"claim": {"run": "dqo", "higher": ["bleu"]}}, "parts.0.claim.higher.0: got 'bleu'"),
         ({"claim": {"run": "dqo", "not_lower": {"quality": -1}}}, "parts.0.claim.not_lower.quality: got -1"),

@@ -495,6 +495,45 @@ def test_labels_of_crowded_points_do_not_overlap():
     assert all(label.shared_area(frame) == pytest.approx(120 * 16) for label in labels)
 
 
+def test_no_label_is_nearer_to_another_point_than_to_its_own():
+    """Two points in a row: to the right of the left one, where labels go first, is beside the right one."""
+    frame = Box(0, 0, 700, 400)
+    anchors = [(300.0, 200.0), (345.0, 200.0)]
+    marks = [Box(x - 8, y - 8, x + 8, y + 8) for x, y in anchors]
+    labels = figures.place_labels(anchors, [(30.0, 10.0)] * 2, marks, frame)
+    for i, label in enumerate(labels):
+        sides = [np.linspace(label.x0, label.x1, 121), np.linspace(label.y0, label.y1, 41)]
+        points = np.stack(np.meshgrid(*sides), axis=-1)
+        own, other = (np.linalg.norm(points - anchor, axis=-1).min() for anchor in (anchors[i], anchors[1 - i]))
+        assert own < other
+
+
+def test_a_label_far_from_its_point_is_joined_with_it():
+    crowd = [result(f"m{i}", f"A model with a long name {i}", interval(4 + i / 50), interval(0.5)) for i in range(6)]
+    figure = figures.plane_figure(crowd)
+    figure.draw_without_rendering()
+    axes, inch = figure.axes[0], figure.dpi
+    leaders = [np.array(artist.get_xydata()) * inch for artist in figure.artists]
+    for model, text in zip(crowd, axes.texts, strict=True):
+        mark = axes.transData.transform((model.metrics["log_volume"].mean, model.metrics["quality"].mean))
+        gap = Box(*text.get_window_extent().extents).distance(tuple(mark)) / inch * 72
+        joined = any(np.allclose(ends[0], mark, atol=1) for ends in leaders)
+        assert joined == (gap > 18) or abs(gap - 18) < 2
+    assert 0 < len(leaders) < len(crowd)
+
+
+def test_many_lines_are_named_beside_the_panels_once(data):
+    few = figures.learning_curves_figure({name: history(4.2, 4.1) for name in "abc"})
+    many = figures.learning_curves_figure({name: history(4.2, 4.1) for name in "abcdefgh"})
+    assert [axes.get_legend() is not None for axes in few.axes] == [True, True] and not few.legends
+    assert [axes.get_legend() is not None for axes in many.axes] == [False, False]
+    (legend,) = many.legends
+    assert [text.get_text() for text in legend.get_texts()] == list("abcdefgh")
+    many.draw_without_rendering()
+    beside = legend.get_window_extent().x0
+    assert all(axes.get_window_extent().x1 < beside for axes in many.axes)
+
+
 @pytest.mark.parametrize("n", [None, 8])
 def test_plane_figure_labels_every_measured_model(data, n):
     near = result("near", "A model quite near", interval(4.21), interval(0.89))

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import pipelines.results as results_page
 from dqo.evaluation.catalogue import METRICS
 from dqo.recipe import parse
 from pipelines.grid import Cell, Experiment, Results
@@ -130,8 +131,8 @@ def test_a_claim_is_held_against_the_rows(tmp_path, changes: dict[str, float], s
     write_page(Experiment.model_validate(document), cells, results, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
     assert (
-        "Claimed of dqo beside reward-only: higher in log-volume and distinct-4 (95 % intervals apart); at most 0.03 "
-        "lower in quality; not lower in best of n." in text
+        "Claimed of dqo beside reward-only: higher in log-volume and distinct-4 (the two models' own 95 % intervals "
+        "apart); at most 0.03 lower in quality; not lower in best of n." in text
     )
     (found,) = (line for line in lines_of(text.split("## Methods")[0], "| story |"))
     volume = by["log_volume"] + (0.03 if seeds == 3 and by["log_volume"] > 0.1 else 0)
@@ -178,7 +179,7 @@ def test_prompts_are_counted_for_each_task(tmp_path):
     for one, task in zip(cells, ("story", "reasoning"), strict=True):
         result, responses = row(one, 0.1, task)
         results.add(result | {"prompts": {"story": 12, "reasoning": 9}[task]}, responses)
-    text = "\n".join(_provenance(list(results.rows().values())))
+    text = "\n".join(_provenance(list(results.rows().values()), "results", None))
     assert "9 (reasoning), 12 (story) evaluation prompts and 4 responses each" in text
 
 
@@ -192,6 +193,38 @@ def test_pictures_are_those_of_the_parts(page):
     ]  # fmt: skip
     assert all(f"](page/{name})" in text for name in pictures)
     assert all((folder / "page" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+
+
+def test_a_run_looks_alike_in_every_picture_of_its_part(tmp_path, monkeypatch):
+    drawn = {}
+    for name in ("plane_figure", "learning_curves_figure", "curve_figure"):
+        made = getattr(results_page, name)
+
+        def keep(*given, name=name, made=made, **named):
+            drawn.setdefault(name, made(*given, **named))
+            return drawn[name]
+
+        monkeypatch.setattr(results_page, name, keep)
+    results = Results(tmp_path / "results", "grid")
+    cells = [cell("methods", run, 0) for run in ("reward-only", "dqo", "vendi", "other")]
+    for one in cells:
+        results.add(*row(one, 0.1))
+    write_page(EXPERIMENT, cells, results, tmp_path / "page.md")
+    plane = {text.get_text(): text.get_color() for text in drawn["plane_figure"].axes[0].texts}
+    assert set(plane) == {"base model", "SFT", "reward-only", "dqo", "vendi", "other"}
+    for name in ("learning_curves_figure", "curve_figure"):
+        axes = drawn[name].axes[0]
+        lines = {line.get_label(): line.get_color() for line in axes.lines if not line.get_label().startswith("_")}
+        assert lines == {run: plane[run] for run in lines} and {"reward-only", "dqo", "vendi", "other"} <= set(lines)
+
+
+def test_the_page_says_how_to_make_it_again(tmp_path):
+    results = Results(tmp_path / "made" / "results", "grid")
+    one = cell("methods", "dqo", 0)
+    results.add(*row(one, 0.1))
+    write_page(EXPERIMENT, [one], results, tmp_path / "page.md", "dqo experiment grid.yaml")
+    text = (tmp_path / "page.md").read_text()
+    assert "```sh\ndqo experiment grid.yaml\n```" in text and "are in [made/results](made/results)" in text
 
 
 def test_the_sweep_names_its_values_and_the_source_is_stated(page):
