@@ -529,10 +529,13 @@ def _score(
     if name == method.score and method.combine == "multiply":
         bonus = (rewards * (bonus - 1)).where(group.mask, 0.0)
     part = spread(bonus, counted) if counted.any() else Spread(math.nan, math.nan, math.nan, 0)
+    balanced = share * quality_std / part.std if _differs(part) and quality_std > 0 else None
+    if balanced is not None and balanced > 1 and name == method.score and method.combine == "multiply":
+        balanced = None  # a share cannot take more from a reward than all of it
     return ScoreCalibration(
         name,
         part,
-        share * quality_std / part.std if _differs(part) and quality_std > 0 else None,
+        balanced,
         method.alpha * part.std / quality_std if quality_std > 0 and part.groups else None,
     ), bonus
 
@@ -753,6 +756,11 @@ def _reasoning(result: Calibration, recipe: Recipe) -> list[str]:
         words.append(
             f"alpha = {own.balanced_alpha:.2g} gives the bonus {result.share:.0%} of the quality's weight at the first "
             "step. The share grows as training raises the quality and its spread shrinks, so begin low."
+        )
+    elif recipe.method.combine == "multiply" and _differs(own.bonus) and q > 0:
+        words.append(
+            f"alpha = 1, the most that combine 'multiply' takes, gives the bonus {own.bonus.std / q:.0%} of the "
+            f"quality's weight, less than {result.share:.0%}."
         )
     if result.ungated is not None and _differs(result.ungated.bonus):
         balanced = result.ungated.balanced_alpha

@@ -152,11 +152,13 @@ class Monitor:
                 factor = limits["factor"]
                 low, high = first / factor, first * factor
                 detail = f" ({factor:g} times away from the {first:.4g} of the first steps)"
-            elif first - self._lowest <= 1e-6:
-                return None  # as low as it gets from the beginning: nothing was lost
             else:
-                detail = f" ({first:.4g} nats in the first steps, {value:.4g} now, {self._lowest:.4g} at least)"
-                value = (first - value) / (first - self._lowest)
+                # Below what k equal responses span, some have left the kernel (no answer, no score): at most all.
+                lowest = self._lowest if first >= self._lowest - 1e-6 else 0.0
+                if first - lowest <= 1e-6:
+                    return None  # as low as it gets from the beginning: nothing was lost
+                detail = f" ({first:.4g} nats in the first steps, {value:.4g} now, {lowest:.4g} at least)"
+                value = (first - value) / (first - lowest)
         if high is not None and value > high:
             return value, high, "above", detail
         if low is not None and value < low:

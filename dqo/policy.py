@@ -4,11 +4,12 @@ peft takes as long to import as torch and transformers together: the functions t
 what reads a tokenizer alone does not wait for it.
 """
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dqo.bundled import locate
 from dqo.checkpoint import CheckpointCard
@@ -71,6 +72,20 @@ def stop_ids(policy: Policy) -> list[int]:
     except OSError:
         return []
     return listed if isinstance(listed, list) else [listed] if listed is not None else []
+
+
+def highest_entropy(policy: Policy) -> float:
+    """Entropy of the uniform distribution over the model's vocabulary, in nats: log of its size.
+
+    Raises:
+        DQOError: If the model's configuration cannot be found.
+    """
+    location = locate(policy.model, policy.revision)
+    try:
+        config = AutoConfig.from_pretrained(location.load, revision=location.hub_revision)
+    except (OSError, ValueError) as error:
+        raise DQOError(_load_failure("policy.model", policy.model, error)) from error
+    return math.log(config.get_text_config().vocab_size)
 
 
 def end_of_turn_ids(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> list[int]:

@@ -491,11 +491,14 @@ def _health_problems(rl: "Rl", method: Method) -> list[str]:
             "rl.beta > 0"
         )
     low, high = volume_range(method.k, method.kernel_scale)
+    if method.defences.embed != "response":
+        low = 0.0  # responses without an answer leave the kernel, at most all of them
     floor = health.volume_floor.min
     if floor is not None and not low < floor <= high:
+        least = f"{low:.4f}, which no group of {method.k} falls below (all responses the same)," if low else "0"
         found.append(
-            f"rl.health.volume_floor.min: got {floor:g}; expected more than {low:.4f}, which no group of {method.k} "
-            f"falls below (all responses the same), and at most {high:.4f}, which none exceeds (all unrelated)"
+            f"rl.health.volume_floor.min: got {floor:g}; expected more than {least} and at most {high:.4f}, which none "
+            "exceeds (all unrelated)"
         )
     most = 1 - 1 / method.k
     if health.duplicates.max is not None and health.duplicates.max >= most:
@@ -1080,6 +1083,11 @@ class Recipe(_Section):
                 f"judge.reward.model: got {self.reward.model!r}, the model whose score is the reward; expected another "
                 "one, since quality is what this one says"
             )
+        if self.sft.alpha > 0 and self.method.combine == "multiply":
+            problems.append(
+                f"sft.alpha: got {self.sft.alpha:g} with method.combine 'multiply', but SFT has no quality for a share "
+                "to multiply; expected 0, or combine 'add'"
+            )
         problems += self._defences_fit()
         problems += _health_problems(self.rl, self.method)
         problems += self._gate_fits()
@@ -1141,6 +1149,7 @@ class Recipe(_Section):
                 "'apart'"
             )
         by_interval = {
+            "gate.diversity_test 'apart'": gate.diversity_test == "apart",
             "gate.quality_test 'non_inferior'": gate.quality_test == "non_inferior",
             "gate.max_length_change": gate.max_length_change is not None,
             "gate.max_truncation_increase": gate.max_truncation_increase is not None,
@@ -1269,12 +1278,19 @@ class Recipe(_Section):
                 "resources.profile: 'multi-node' with distributed.nodes 1 trains on one node; set distributed.nodes to "
                 "2 or more, or take 'gpu-large'"
             )
-        if self.method.advantage == "centred" and self.method.k == 2 and self.method.alpha > 0:
-            found.append(
-                "method: with k = 2 both members have the same bonus, so advantage 'centred' cancels it and alpha has "
-                "no effect; use k >= 3, or advantage 'decoupled' or 'paper'"
-            )
-        defences = self.method.defences
+        method, defences = self.method, self.method.defences
+        # Scores of what two responses have in common; and where one member alone earns, zero tells the two apart.
+        alike = method.score not in ("likelihood", "entropy") and method.combine == "add"
+        told_apart = defences.conditional and defences.unearned == "zero"
+        if method.advantage == "centred" and method.k == 2 and alike:
+            weights = [("alpha", method.alpha > 0 and not told_apart), ("sft.alpha", self.sft.alpha > 0)]
+            idle = [name for name, affected in weights if affected]
+            if idle:
+                found.append(
+                    "method: with k = 2 both members have the same bonus, so advantage 'centred' cancels it and "
+                    f"{' and '.join(idle)} {'have' if len(idle) > 1 else 'has'} no effect; use k >= 3, or advantage "
+                    "'decoupled' or 'paper'"
+                )
         if defences.unearned != Defences().unearned and not defences.conditional:
             # No error: a recipe that was written out with its defaults by an earlier version holds that one's.
             found.append(

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 
@@ -23,7 +23,10 @@ from dqo.errors import DQOError
 from dqo.files import read_jsonl, write_text
 from dqo.recipe import Recipe, parse
 from dqo.shell import dqo_command, short
-from pipelines.grid import Cell, Experiment, Results, expand, read
+from pipelines.grid import Cell, Experiment, Results, expand, measured, read
+
+if TYPE_CHECKING:
+    from dqo.tracking import Run
 
 
 def run(
@@ -55,7 +58,7 @@ def run(
             raise DQOError(f"--part: got {name!r}; expected one of: {', '.join(known)}")
     chosen = [cell for cell in cells if parts is None or cell.part in parts]
     results = Results(results_folder or out / "experiments", experiment.name)
-    done = results.rows()
+    done, outdated = results.current(cells)
     jobs: dict[str, Cell] = {}
     for cell in chosen:
         jobs.setdefault(cell.key, cell)
@@ -66,6 +69,19 @@ def run(
         f"do; results: {short(results.path)}",
         soft_wrap=True,
     )
+    for key, differences in outdated.items():
+        if key in jobs:
+            console.print(
+                f"  {jobs[key].title}: has a result of another recipe, which does not count: {'; '.join(differences)}",
+                markup=False,
+                soft_wrap=True,
+            )
+    warned: dict[str, str] = {}
+    for cell in jobs.values():
+        for warning in cell.recipe.warnings:
+            warned.setdefault(warning, cell.title)  # each once, of the first run that it is about
+    for warning, title in warned.items():
+        console.print(f"  warning: {title}: {warning}", markup=False, soft_wrap=True)
     if only == "plan":
         for key, cell in jobs.items():
             mark = "done" if key in done else "to do"
@@ -100,17 +116,22 @@ def _run_missing(
     """Run jobs one after another; returns those that failed."""
     failed = []
     parent = _open_parent(experiment, missing[0].recipe, out)
-    for number, cell in enumerate(missing, start=1):
-        console.print(f"\\[{number}/{len(missing)}] {cell.title}", soft_wrap=True)
-        error = _run_job(console, cell, out, parent, results)
-        if error is not None:
-            failed.append(cell)
-            console.print(f"  failed: {error}", markup=False, soft_wrap=True)
+    status = "KILLED"
+    try:
+        for number, cell in enumerate(missing, start=1):
+            console.print(f"\\[{number}/{len(missing)}] {cell.title}", soft_wrap=True)
+            error = _run_job(console, cell, out, parent.id, results)
+            if error is not None:
+                failed.append(cell)
+                console.print(f"  failed: {error}", markup=False, soft_wrap=True)
+        status = "FAILED" if failed else "FINISHED"
+    finally:
+        parent.finish(status)
     return failed
 
 
-def _open_parent(experiment: Experiment, recipe: Recipe, out: Path) -> str:
-    """The MLflow run above all jobs."""
+def _open_parent(experiment: Experiment, recipe: Recipe, out: Path) -> "Run":
+    """The MLflow run above all jobs, running from now on."""
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -122,17 +143,16 @@ def _open_parent(experiment: Experiment, recipe: Recipe, out: Path) -> str:
     memory = out / "workspace" / "runs" / f"experiment-{experiment.name}.json"
     client = MlflowClient(uri)
     if memory.is_file():
-        run_id: str = json.loads(memory.read_text(encoding="utf-8"))["run_id"]
+        run = tracking.Run(json.loads(memory.read_text(encoding="utf-8"))["run_id"])
         try:
-            if client.get_run(run_id).info.lifecycle_stage == "active":
-                return run_id
+            if client.get_run(run.id).info.lifecycle_stage == "active":
+                client.update_run(run.id, "RUNNING")
+                return run
         except MlflowException:
             pass  # another store; a new run is made there
-    run_id = client.create_run(
-        experiment_id, run_name=experiment.name, tags={tracking.STAGE_TAG: "experiment"}
-    ).info.run_id
-    write_text(memory, json.dumps({"run_id": run_id}) + "\n")
-    return run_id
+    created = client.create_run(experiment_id, run_name=experiment.name, tags={tracking.STAGE_TAG: "experiment"})
+    write_text(memory, json.dumps({"run_id": created.info.run_id}) + "\n")
+    return tracking.Run(created.info.run_id)
 
 
 def _run_job(console: Console, cell: Cell, out: Path, parent: str, results: Results) -> str | None:
@@ -209,6 +229,8 @@ def _work(folder: Path) -> None:
     evaluation = json.loads((folder / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
     result = {
         "task": recipe.task,
+        "recipe": measured(recipe),
+        "stopped": evaluation["stopped"].get("dqo"),
         "method": recipe.method.model_dump(mode="json", exclude={"baselines"}),
         "temperature": recipe.evaluation.sampling.temperature,
         "library": library_digest(),

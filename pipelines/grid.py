@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import itertools
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -123,21 +124,43 @@ class Cell:
     def key(self) -> str:
         """Names the job: 12 hex digits of what its recipe says beyond the defaults about what is measured.
 
-        A later version's new fields do not change it, so results outlive them; a row says which version made it.
+        A later version's new fields do not change it, so results outlive them; `outdated` tells of changed defaults.
         """
-        said = self.recipe.model_dump(mode="json", exclude_defaults=True, exclude=_OTHERWISE)
-        if not self.recipe.method.defences.conditional:  # what no response can fail pays nobody in another way
-            said.get("method", {}).get("defences", {}).pop("unearned", None)
-            if said.get("method", {}).get("defences") == {}:
-                del said["method"]["defences"]
-        text = json.dumps(said, sort_keys=True)
+        text = json.dumps(measured(self.recipe, exclude_defaults=True), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def outdated(self, row: Mapping[str, Any]) -> list[str]:
+        """What a kept row's recipe says otherwise than this one, e.g. `rl.warmup_steps 0, now 7`; empty where nothing.
+
+        Fields that only one of the two versions knows do not count, and rows of versions that kept no recipe tell
+        nothing.
+        """
+        then, now = _flat(row.get("recipe", {})), _flat(measured(self.recipe))
+        return [f"{name} {then[name]}, now {now[name]}" for name in then if name in now and then[name] != now[name]]
 
     @property
     def title(self) -> str:
         """What a person calls it."""
         values = [f"{field.rpartition('.')[2]} {value}" for field, value in self.values.items()]
         return " · ".join([self.label, self.run, *values, f"seed {self.seed}"])
+
+
+def measured(recipe: Recipe, exclude_defaults: bool = False) -> dict[str, Any]:
+    """What a recipe says about what is measured, as JSON takes it."""
+    said = recipe.model_dump(mode="json", exclude_defaults=exclude_defaults, exclude=_OTHERWISE)
+    if not recipe.method.defences.conditional:  # what no response can fail pays nobody in another way
+        said.get("method", {}).get("defences", {}).pop("unearned", None)
+        if said.get("method", {}).get("defences") == {}:
+            del said["method"]["defences"]
+    return said
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Fields by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in section.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
 def read(path: Path) -> Experiment:
@@ -257,6 +280,21 @@ class Results:
             return {row["key"]: row for row in read_jsonl(self.path)}
         except (ValueError, KeyError, TypeError) as error:
             raise DQOError(f"{self.path}: not a results file ({error}); restore it or name another folder") from None
+
+    def current(self, cells: Iterable[Cell]) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]]]:
+        """Finished jobs by their key, without those that were made with another recipe than their cell has today.
+
+        Returns:
+            The rows, and by key what is different in those that are left out; see `Cell.outdated`.
+
+        Raises:
+            DQOError: If the file is damaged.
+        """
+        rows, outdated = self.rows(), {}
+        for cell in cells:
+            if cell.key in rows and (differences := cell.outdated(rows[cell.key])):
+                outdated[cell.key] = differences
+        return {key: row for key, row in rows.items() if key not in outdated}, outdated
 
     def add(self, row: dict[str, Any], responses: list[dict[str, Any]]) -> None:
         """Keep a finished job; its responses first, so that a row is never without them."""

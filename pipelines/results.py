@@ -82,7 +82,7 @@ def write_page(
         path: The page, Markdown.
         command: Makes the page again, and runs what is missing; said on it.
     """
-    done = results.rows()
+    done, _ = results.current(cells)
     pictures = path.with_suffix("")
     keys = {cell.key for cell in cells}
     text = [f"# {experiment.title}", ""]
@@ -212,6 +212,12 @@ def _section(
     if missing or absent:
         unfinished = [f"{line.title} ({len(line.rows)} of {line.planned} seeds)" for line in missing]
         text += [f"Not finished: {', '.join([*unfinished, *sorted(absent)])}.", ""]
+    text += [
+        f"Training of {line.title}, seed {row['seed']}, was ended by a health rule: {row['stopped']}.\n"
+        for line in lines
+        for row in line.rows
+        if row.get("stopped")
+    ]
     if part.against is not None:
         text += _differences(part, lines)
     if len(lines) > 1:  # one alone is compared with nothing

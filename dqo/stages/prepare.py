@@ -7,8 +7,10 @@ from pathlib import Path
 from dqo import defences, rewards, tracking
 from dqo.bundled import identity
 from dqo.data import DataCard, prepare, read_rows, source_fingerprint
+from dqo.errors import DQOError
 from dqo.files import write_text
-from dqo.policy import load_tokenizer, stop_ids
+from dqo.policy import highest_entropy, load_tokenizer, stop_ids
+from dqo.recipe import Recipe
 from dqo.stages.context import PIPELINE_FILE, Context, running, stage_key
 from dqo.tasks import get_task
 from dqo.tracking import DATA_TAG
@@ -36,6 +38,7 @@ def run(context: Context, data: Path, skip_unchanged: bool = False) -> str:
     task = get_task(recipe.task)
     rewards.check(recipe, task)  # rather than after the hours of SFT
     defences.check(recipe, task)
+    _check_entropy(recipe)
     key = stage_key(
         task=recipe.task,
         data=recipe.data.model_dump(),
@@ -76,3 +79,18 @@ def run(context: Context, data: Path, skip_unchanged: bool = False) -> str:
         folder.publish(data)
         write_text(data / PIPELINE_FILE, json.dumps({"mlflow_run_id": parent}) + "\n")
     return CHANGED
+
+
+def _check_entropy(recipe: Recipe) -> None:
+    """Refuse bounds of the entropy that the model's vocabulary never lets it pass, or always does."""
+    bounds = recipe.rl.health.entropy
+    set_here = {name: bound for name, bound in bounds.limits.items() if bound != getattr(type(bounds)(), name)}
+    if not set_here:
+        return  # as the defaults have them: far from any vocabulary's
+    most = highest_entropy(recipe.policy)
+    for name, bound in set_here.items():
+        if bound >= most:
+            raise DQOError(
+                f"rl.health.entropy.{name}: got {bound:g}; expected less than {most:.4g} nats, the entropy of "
+                f"{recipe.policy.model!r} where every token is as likely as any other"
+            )

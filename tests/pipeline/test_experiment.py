@@ -13,7 +13,8 @@ from pipeline.tiny_runs import ROOT, environment, write_recipe
 
 from dqo.errors import DQOError
 from dqo.evaluation.catalogue import METRICS
-from pipelines.grid import Results, expand, read
+from dqo.files import write_jsonl
+from pipelines.grid import Results, expand, measured, read
 
 PARTS = [
     {"name": "methods", "title": "Methods", "seeds": [0, 1], "against": "reward-only",
@@ -56,6 +57,27 @@ def test_a_result_is_found_again_by_what_is_measured(recipe, tmp_path, setting, 
     parts = [{"name": "p", "title": "P", "runs": {"one": {}, "other": setting}}]
     one, other = expand(read(write(tmp_path, parts)), tmp_path / "grid.yaml")
     assert one.recipe != other.recipe and (one.key == other.key) == same
+
+
+def test_a_result_of_another_recipe_does_not_count(recipe, tmp_path):
+    """A default that has changed leaves the key as it was: what a row's own recipe says is compared."""
+    (cell,) = expand(read(write(tmp_path, [{"name": "p", "title": "P"}])), tmp_path / "grid.yaml")
+    results = Results(tmp_path / "results", "grid")
+    for changes, said in (
+        ({}, []),
+        ({"rl": {"max_grad_norm": 0.7}}, ["rl.max_grad_norm 0.7, now 1.0"]),
+        ({"rl": {"a_field_of_then": 1}, "seed": 5}, ["seed 5, now 0"]),
+    ):
+        then = measured(cell.recipe)
+        for section, fields in changes.items():
+            then[section] = then[section] | fields if isinstance(fields, dict) else fields
+        results.add({"key": cell.key, "recipe": then}, [])
+        rows, outdated = results.current([cell])
+        assert outdated == ({cell.key: said} if said else {}) and (cell.key in rows) == (not said)
+    # What no response can fail is measured alike whatever it would get; a row without a recipe tells nothing.
+    assert "unearned" not in measured(cell.recipe)["method"]["defences"]
+    results.add({"key": cell.key}, [])
+    assert results.current([cell])[1] == {}
 
 
 def test_the_narrower_setting_wins(recipe, tmp_path):
@@ -191,8 +213,20 @@ def test_a_grid_runs_once_continues_and_names_what_failed(tiny_policy, tiny_enco
         run.info.run_id for run in children if run.info.status == "FINISHED"
     )
 
+    assert parent.info.status == "FAILED"  # with one of its runs
+    for row in rows:
+        assert row["recipe"]["rl"]["steps"] == 2 and row["stopped"] is None
     before = results.path.read_bytes()
     again = command(path, "--out", out, "--results", results.folder, "--part", "alpha")
     assert again.returncode == 0 and "0 to do" in again.stdout
     assert results.path.read_bytes() == before
+    # A row that says that its run was made otherwise is run again.
+    other = [row | {"recipe": row["recipe"] | {"seed": 9}} for row in rows[:1]] + rows[1:]
+    write_jsonl(results.path, other)
+    renewed = command(path, "--out", out, "--results", results.folder, "--part", "alpha")
+    assert renewed.returncode == 0 and "1 to do" in renewed.stdout
+    assert "has a result of another recipe, which does not count: seed 9, now 0" in renewed.stdout
+    rows_now = results.rows()
+    assert [rows_now[row["key"]]["recipe"]["seed"] for row in rows] == [0, 0]
+    assert client.get_run(parent.info.run_id).info.status == "FINISHED"
     assert json.loads(before.splitlines()[0])["label"] == "story"

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from dqo.advantage import group_advantages, weighted
 from dqo.determinant import leave_one_out_bonus
-from dqo.diversity import similarity_bonus
+from dqo.diversity import Group, group_score, similarity_bonus
+from dqo.recipe import Score
 
 ALPHA = 0.7
 
@@ -374,3 +376,21 @@ def test_weighted_is_each_papers_product():
 def test_weighted_refuses_what_turns_around(alpha: float, reward: float, message: str):
     with pytest.raises(ValueError, match=message):
         weighted(torch.full((1, 2), reward), torch.ones(1, 2), alpha)
+
+
+@pytest.mark.parametrize("name", get_args(Score))
+def test_two_responses_have_one_bonus_but_for_scores_of_single_responses(name: str):
+    """What `dqo recipe check` warns about: centred by a pair, the bonus is gone."""
+    draw = torch.Generator().manual_seed(0)
+    vectors = torch.nn.functional.normalize(torch.randn(3, 2, 8, generator=draw), dim=-1)
+    bonus = group_score(name, 2).bonus(Group(vectors, torch.ones(3, 2).bool(), torch.randn(3, 2, generator=draw)))
+    moved = group_advantages(torch.zeros(3, 2), bonus, 1.0, "centred").abs().max().item()
+    assert (moved > 0.1) == (name in ("likelihood", "entropy"))
+    assert moved > 0.1 or moved < 1e-6
+
+
+@pytest.mark.parametrize(("unearned", "moved"), [("zero", True), ("apart", False)])
+def test_of_a_pair_one_that_earns_differs_from_one_that_does_not_under_zero(unearned: str, moved: bool):
+    bonus, earns = torch.tensor([[0.6, 0.0]]), torch.tensor([[True, False]])
+    found = group_advantages(torch.zeros(1, 2), bonus, 1.0, "centred", earns=earns, unearned=unearned)
+    assert found.tolist() == [[pytest.approx(0.3), pytest.approx(-0.3)]] if moved else [[0.0, 0.0]]

@@ -195,6 +195,23 @@ def test_a_multiplied_reward_has_the_share_as_its_bonus(tiny_policy, tiny_encode
             assert row["bonuses"][i] == pytest.approx(0.0 if quality is None else quality * (share - 1), abs=1e-5)
 
 
+def test_a_multiplied_share_is_never_told_to_take_more_than_all(tiny_policy, tiny_encoder, reward):
+    """A share so large that it would take an alpha above 1, which a recipe with it refuses."""
+    recipe = tiny(tiny_policy, tiny_encoder, score="similarity", combine="multiply", alpha=0.5)
+    result = calibrate(recipe, prompts=3)
+    own = result.scores[0]
+    needed = 1.01 * own.bonus.std / result.quality_advantage_std  # the share that alpha = 1.01 gives
+    for share, asked in ((0.98 * needed, True), (needed, False)):
+        found = calibrate(recipe, prompts=3, share=share)
+        balanced = found.scores[0].balanced_alpha
+        assert (balanced is not None) == asked
+        text = " ".join(found.reasoning)
+        assert ("alpha = 1, the most that combine 'multiply' takes" in text) == (not asked)
+        if balanced is not None:
+            assert balanced == pytest.approx(0.98 * 1.01)
+            Recipe.model_validate(recipe.model_dump() | {"method": recipe.method.model_dump() | {"alpha": balanced}})
+
+
 def test_the_recipes_score_comes_first_and_defences_leave_the_bonus_out(tiny_policy, tiny_encoder, reward):
     recipe = tiny(tiny_policy, tiny_encoder, score="cosine_distance", defences={"min_quality": 0.5})
     result = calibrate(recipe, prompts=5)

@@ -91,6 +91,25 @@ def test_a_run_without_volume_to_lose_has_no_collapse():
     assert fired(health, "log_volume", [math.log(9)] * 4) == []
 
 
+def test_a_volume_below_that_of_k_equal_responses_can_be_lost_too():
+    """Of four responses two have no answer: log(1 + 2) of two equal ones is below log(1 + 4), and all can be lost."""
+    health = only("volume_collapse", baseline_steps=1, max=0.4, patience=1)
+    assert fired(health, "log_volume", [math.log(3), math.log(3), math.log(2)], 4) == []  # 0.37 of it
+    assert fired(health, "log_volume", [math.log(3), math.log(1.5)], 4) == [(2, 2)]  # 0.63
+    assert fired(health, "log_volume", [0.0, 0.0], 4) == []
+
+
+def test_a_floor_may_be_low_where_responses_without_an_answer_leave():
+    text = (
+        "name: a\ntask: reasoning\nmethod: {{defences: {{embed: {}}}}}\nrl: {{health: {{volume_floor: {{min: {}}}}}}}\n"
+    )
+    assert parse(text.format("answer", 1.0)).rl.health.volume_floor.min == 1.0
+    with pytest.raises(DQOError, match=r"volume_floor.min: got 1; expected more than 2.1972, which no group of 8"):
+        parse(text.format("response", 1.0))
+    with pytest.raises(DQOError, match=r"volume_floor.min: got 6; expected more than 0 and at most 5.5452"):
+        parse(text.format("answer", 6.0))
+
+
 def test_the_log_volume_has_a_floor():
     health = only("volume_floor", min=3.0, patience=1)
     assert fired(health, "log_volume", [4.0, 2.9, 2.8, 3.0, 2.9]) == [(2, 2), (5, 5)]

@@ -140,11 +140,12 @@ JUDGED = "judge: {endpoint: 'http://h/v1', model: m}\n"
         (JUDGED + "gate: {judge: {min_win_rate: 1}}", "gate.judge.min_win_rate: got 1; "),
         (JUDGED + "gate: {judge: {min_win_rate: -0.1}}", "gate.judge.min_win_rate: got -0.1; "),
         (JUDGED + "gate: {judge: {decided_by: high}}", "gate.judge.decided_by: got 'high'"),
-        (JUDGED + "gate: {judge: {}}\nevaluation: {prompts: 1}", "expected 2 or more for gate.judge.decided_by 'low'"),
+        (JUDGED + "gate: {judge: {}}\nevaluation: {prompts: 1}", "'apart', gate.judge.decided_by 'low'"),
         (JUDGED.replace("m}", "m, responses: 9}"), "judge.responses: got 9; expected at most evaluation.n = 8"),
         ("gate: {diversity_needed: any}", "gate.diversity_needed: got 'any' with gate.diversity_test 'apart'"),
         ("gate: {diversity_needed: any, diversity_test: paired}", "with gate.diversity_test 'paired'"),
-        ("gate: {quality_test: non_inferior}\nevaluation: {prompts: 1}", "for gate.quality_test 'non_inferior'"),
+        ("gate: {quality_test: non_inferior}\nevaluation: {prompts: 1}", "'apart', gate.quality_test 'non_inferior'"),
+        ("evaluation: {prompts: 1}", "no interval can be made; expected 2 or more for gate.diversity_test 'apart'"),
         ("gate: {max_length_change: 0}", "gate.max_length_change: got 0; "),
         ("gate: {max_truncation_increase: 2}", "gate.max_truncation_increase: got 2; "),
         # Five prompts: the smallest p-value of swapped sides is 2/32, six: 2/64, twice that for the better of two.
@@ -208,7 +209,7 @@ def test_a_file_with_the_judge_alone_may_have_a_mistake_in_it(tmp_path):
         "gate: {diversity_test: paired}\nevaluation: {prompts: 6}",
         "gate: {diversity_test: holm}\nevaluation: {prompts: 7}",
         "gate: {diversity_test: holm, diversity_needed: any, more_diverse_on: [log_volume]}\nevaluation: {prompts: 6}",
-        JUDGED + "gate: {judge: {decided_by: mean, min_win_rate: 0}}\nevaluation: {prompts: 1}",
+        JUDGED + "gate: {judge: {decided_by: mean, min_win_rate: 0}}\nevaluation: {prompts: 2}",
         JUDGED + "evaluation: {n: 2}",
     ],
 )
@@ -470,12 +471,27 @@ def test_vllm_server_needs_an_address():
         ("{k: 3, advantage: centred, alpha: 1}", False),
         ("{k: 2, advantage: decoupled, alpha: 1}", False),
         ("{k: 2, advantage: paper, alpha: 1}", False),
+        ("{k: 2, advantage: centred, alpha: 1, score: cosine_distance}", True),
+        # Of one response, not of what two have in common.
+        ("{k: 2, advantage: centred, alpha: 1, score: entropy}", False),
+        ("{k: 2, advantage: centred, alpha: 1, score: likelihood}", False),
+        # One that earns and one that does not differ under `zero`; apart, the one is its own mean.
+        ("{k: 2, advantage: centred, alpha: 1, defences: {max_tokens: 9, unearned: zero}}", False),
+        ("{k: 2, advantage: centred, alpha: 1, defences: {max_tokens: 9, unearned: apart}}", True),
+        ("{k: 2, advantage: centred, alpha: 0}\nsft: {alpha: 1}", True),
+        ("{k: 2, advantage: centred, alpha: 1, defences: {max_tokens: 9}}\nsft: {alpha: 1}", True),
     ],
 )
 def test_centred_pair_is_warned_about_because_its_bonus_cancels(method: str, warned: bool):
     found = parse(f"name: a\nmethod: {method}").warnings
     assert len(found) == int(warned)
-    assert all("k = 2" in warning and "alpha" in warning for warning in found)
+    assert all("k = 2" in warning and "alpha has no effect" in warning for warning in found)
+
+
+def test_sft_has_no_quality_to_multiply():
+    text = "name: a\nmethod: {score: distinct, combine: multiply, alpha: 1}\nsft: {alpha: %s}"
+    assert "sft.alpha: got 0.5 with method.combine 'multiply'" in refusal(text % 0.5)
+    parse(text % 0)
 
 
 # --- YAML ---

@@ -173,6 +173,18 @@ def test_runs_that_began_from_different_checkpoints_are_said(page, tmp_path):
     assert "Not all runs of seed 1 began from the same SFT checkpoint" in (tmp_path / "mixed.md").read_text()
 
 
+def test_a_run_that_a_health_rule_ended_is_said(page, tmp_path):
+    assert "health rule" not in page[0]
+    results = Results(tmp_path / "stopped", "grid")
+    cells = [cell("methods", run, 0) for run in ("reward-only", "dqo")]
+    for one, reason in zip(cells, (None, "truncation: 0.9 above 0.5"), strict=True):
+        result, responses = row(one, 0.1)
+        results.add(result | {"stopped": reason}, responses)
+    write_page(EXPERIMENT, cells, results, tmp_path / "page.md")
+    said = [line for line in (tmp_path / "page.md").read_text().splitlines() if "health rule" in line]
+    assert said == ["Training of dqo, seed 0, was ended by a health rule: truncation: 0.9 above 0.5."]
+
+
 def test_prompts_are_counted_for_each_task(tmp_path):
     results = Results(tmp_path / "results", "grid")
     cells = [cell("methods", "dqo", seed) for seed in range(2)]

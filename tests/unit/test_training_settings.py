@@ -1,6 +1,7 @@
 """What a recipe's method becomes in a training run: what MLflow shows of it, and what its task can refuse."""
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,3 +44,15 @@ def test_part_of_a_response_is_embedded_only_where_the_task_says_which(embed: st
     assert list(tmp_path.iterdir()) == []  # nothing was begun
     defences.check(recipe, get_task("reasoning"))
     defences.check(parse("name: a"), get_task("story"))
+
+
+@pytest.mark.parametrize(("bounds", "said"), [("max: 6.5", "max: got 6.5"), ("min: 6.4, max: 9", "min: got 6.4")])
+def test_an_entropy_that_no_vocabulary_reaches_is_refused(bounds: str, said: str, tiny_policy, tmp_path: Path):
+    text = f"name: a\npolicy: {{model: '{tiny_policy}'}}\nrl: {{health: {{entropy: {{{bounds}}}}}}}"
+    size = json.loads((tiny_policy / "config.json").read_text())["vocab_size"]
+    assert 6.3 < math.log(size) < 6.4
+    context = Context(parse(text), tmp_path / "workspace", f"sqlite:///{tmp_path}/mlflow.db")
+    with pytest.raises(DQOError, match=rf"rl\.health\.entropy\.{said}; expected less than {math.log(size):.4g} nats"):
+        prepare.run(context, tmp_path / "data")
+    assert list(tmp_path.iterdir()) == []
+    prepare._check_entropy(parse(text.replace(bounds, "max: 6.3")))
