@@ -92,16 +92,15 @@ def check(recipe: "Recipe", task: Task) -> None:
         )
 
 
-def embedded_text(
-    embed: Embedded, strip_reasoning: bool, answer: Callable[[str], tuple[int, int] | None] | None
-) -> Callable[[str], str | None]:
+def embedded_text(embed: Embedded, strip_reasoning: bool, task: Task) -> Callable[[str], str | None]:
     """Return the function that picks the words of a response whose meaning counts.
 
     Args:
         embed: `response`: all of it; `through_answer`: up to the end of its answer, so that what is appended to a right
-            answer gains nothing; `answer`: the answer alone, so that different ways to one answer count as the same.
+            answer gains nothing; `answer`: the answer alone, in the task's `canonical` spelling where it has one, so
+            that different ways to one answer count as the same.
         strip_reasoning: Whether `<think>...</think>` is left out first.
-        answer: Where the answer stands in a response (`dqo.tasks.Task.answer`); `None` takes all of it.
+        task: Says where the answer stands; one without `answer` has all of a response embedded.
 
     Returns:
         Response -> text to embed; `None` when no answer is found or nothing is left, for which no bonus is earned.
@@ -109,12 +108,15 @@ def embedded_text(
 
     def pick(response: str) -> str | None:
         text = _REASONING.sub("", response) if strip_reasoning else response
-        if embed != "response" and answer is not None:
-            found = answer(text)
+        if embed != "response" and task.answer is not None:
+            found = task.answer(text)
             if found is None:
                 return None
             start, end = found
-            text = text[:end] if embed == "through_answer" else text[start:end]
+            if embed == "through_answer":
+                text = text[:end]
+            else:
+                text = text[start:end] if task.canonical is None else task.canonical(text[start:end])
         return text if text.strip() or text == response else None
 
     return pick

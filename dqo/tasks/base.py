@@ -61,6 +61,9 @@ class Task:
     answer: Callable[[str], tuple[int, int] | None] | None = None
     """Where the answer stands in a response, as start and end; `None` when it holds none. A task without the function
     has responses that are all answer."""
+    canonical: Callable[[str], str] | None = None
+    """One spelling of an answer, the words at `answer`, for all that the rule takes for equal; an answer that it cannot
+    read as it is written. A task without the function embeds answers as they are written (`embed: answer`)."""
     passing: float | None = None
     """A response is right where its reward is above this; `None` for a task whose responses are only better or worse.
     """

@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from dqo.determinant import leave_one_out_bonus
 from dqo.embedding import ResponseEncoder
 from dqo.recipe import Encoder
 from dqo.stages.training import _METRICS
+from dqo.tasks.reasoning import REASONING
+from dqo.tasks.story import STORY
 
 NAN = math.nan
 REWARDS = torch.tensor([[1.0, 0.2, NAN, 0.5], [0.1, 0.2, 0.3, 0.4]])
@@ -220,6 +223,9 @@ def stated(response: str) -> tuple[int, int] | None:
     return None if found is None else found.span(1)
 
 
+STATED = replace(STORY, name="stated", answer=stated)
+
+
 @pytest.mark.parametrize(
     ("embed", "strip", "response", "expected"),
     [
@@ -235,11 +241,19 @@ def stated(response: str) -> tuple[int, int] | None:
     ],
 )  # fmt: skip
 def test_which_words_are_embedded(embed, strip, response: str, expected: str | None):
-    assert embedded_text(embed, strip, stated)(response) == expected
+    assert embedded_text(embed, strip, STATED)(response) == expected
 
 
 def test_without_an_answer_function_the_whole_response_is_the_answer():
-    assert embedded_text("answer", False, None)("A dog ran.") == "A dog ran."
+    assert embedded_text("answer", False, STORY)("A dog ran.") == "A dog ran."
+
+
+def test_the_answer_alone_is_embedded_in_the_tasks_spelling():
+    task = replace(STATED, canonical=lambda number: f"<{int(number)}>")
+    response = "Two and two: the answer is 004, of course."
+    assert embedded_text("answer", False, task)(response) == "<4>"
+    assert embedded_text("through_answer", False, task)(response) == "Two and two: the answer is 004"
+    assert embedded_text("response", False, task)(response) == response
 
 
 def learned(model: Path, answers: list[str], pick: Callable[[str], str | None], form: str) -> Tensor:
@@ -263,9 +277,18 @@ def test_random_text_behind_a_right_answer_pays_only_where_it_is_embedded(tiny_e
         "The answer is 4. purple lantern",
         "The answer is 4. rain bakery",
     ]
-    assert learned(tiny_encoder, answers, embedded_text("response", False, stated), form)[2:].sum() > 1e-3
+    assert learned(tiny_encoder, answers, embedded_text("response", False, STATED), form)[2:].sum() > 1e-3
     for embed in ("through_answer", "answer"):
-        assert learned(tiny_encoder, answers, embedded_text(embed, False, stated), form).abs().max() < 1e-6
+        assert learned(tiny_encoder, answers, embedded_text(embed, False, STATED), form).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_spelling_one_answer_in_many_ways_pays_only_where_it_is_embedded_as_written(tiny_encoder, form: str):
+    answers = ["The answer is 8.", "The answer is 8.", "The answer is 8.00.", "The answer is 16/2."]
+    as_written = embedded_text("answer", False, replace(REASONING, canonical=None))
+    assert [as_written(answer) for answer in answers] == ["8", "8", "8.00", "16/2"]
+    assert learned(tiny_encoder, answers, as_written, form)[2:].sum() > 1e-3
+    assert learned(tiny_encoder, answers, embedded_text("answer", False, REASONING), form).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -276,8 +299,8 @@ def test_diverse_thoughts_before_the_same_answer_pay_only_where_they_are_embedde
         "<think>purple lantern</think>The answer is 4.",
         "<think>rain bakery</think>The answer is 4.",
     ]
-    assert learned(tiny_encoder, answers, embedded_text("response", False, stated), form)[2:].sum() > 1e-3
-    assert learned(tiny_encoder, answers, embedded_text("response", True, stated), form).abs().max() < 1e-6
+    assert learned(tiny_encoder, answers, embedded_text("response", False, STATED), form)[2:].sum() > 1e-3
+    assert learned(tiny_encoder, answers, embedded_text("response", True, STATED), form).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -306,7 +329,8 @@ def test_repeating_one_response_does_not_pay(form: str):
 
 
 def test_a_response_without_an_answer_earns_nothing_in_the_trainer(tiny_policy, tiny_encoder, tmp_path):
-    pick = embedded_text("through_answer", False, lambda text: None if "storm" in text else (0, len(text)))
+    task = replace(STORY, answer=lambda text: None if "storm" in text else (0, len(text)))
+    pick = embedded_text("through_answer", False, task)
     trainer = build(
         tiny_policy, tiny_encoder, tmp_path, steps=1, alpha=0.7, advantage="paper", max_tokens=14, embedded_text=pick
     )
