@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from dqo.errors import DQOError
+from dqo.tasks import calling
 from dqo.tasks.base import Task
 
 if TYPE_CHECKING:  # `check` is asked where nothing is computed
@@ -103,20 +104,21 @@ def embedded_text(embed: Embedded, strip_reasoning: bool, task: Task) -> Callabl
         task: Says where the answer stands; one without `answer` has all of a response embedded.
 
     Returns:
-        Response -> text to embed; `None` when no answer is found or nothing is left, for which no bonus is earned.
+        Response -> text to embed; `None` when no answer is found or nothing is left, for which no bonus is earned. It
+        raises a DQOError where a function of the task fails.
     """
 
     def pick(response: str) -> str | None:
         text = _REASONING.sub("", response) if strip_reasoning else response
         if embed != "response" and task.answer is not None:
-            found = task.answer(text)
+            found = calling.answer(task, text)
             if found is None:
                 return None
             start, end = found
             if embed == "through_answer":
                 text = text[:end]
             else:
-                text = text[start:end] if task.canonical is None else task.canonical(text[start:end])
+                text = text[start:end] if task.canonical is None else calling.canonical(task, text[start:end])
         return text if text.strip() or text == response else None
 
     return pick

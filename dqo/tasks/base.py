@@ -54,6 +54,7 @@ class Task:
     """Why the row is unusable, naming field and value; `None` when it is usable. Accepts any mapping."""
     reward: Callable[[str, Row], float | None] | None
     """Quality of a response in [0, 1] by a rule; `None` when it cannot be judged. Expects a row that passes `check`.
+    True and False are 1 and 0; anything else outside that range is refused as it comes (`dqo.rewards.RuleReward`).
     A task without a rule (`None`) takes its quality from `reward.kind` of the recipe: reference similarity or a model.
     """
     public: PublicSet | None = None

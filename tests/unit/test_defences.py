@@ -18,6 +18,7 @@ from dqo.advantage import group_advantages
 from dqo.defences import Defences, embedded_text
 from dqo.determinant import leave_one_out_bonus
 from dqo.embedding import ResponseEncoder
+from dqo.errors import DQOError
 from dqo.recipe import Encoder
 from dqo.stages.training import _METRICS
 from dqo.tasks.reasoning import REASONING
@@ -254,6 +255,23 @@ def test_the_answer_alone_is_embedded_in_the_tasks_spelling():
     assert embedded_text("answer", False, task)(response) == "<4>"
     assert embedded_text("through_answer", False, task)(response) == "Two and two: the answer is 004"
     assert embedded_text("response", False, task)(response) == response
+
+
+@pytest.mark.parametrize(
+    ("functions", "message"),
+    [
+        ({"answer": lambda text: text.index("!")}, "answer raises ValueError: substring not found .* for 'A dog ran.'"),
+        (
+            {"answer": lambda text: 3},
+            "answer returns 3 for 'A dog ran.'; expected start and end of the answer, or None",
+        ),
+        ({"answer": lambda text: (2, 5), "canonical": lambda word: int(word)}, "canonical raises ValueError: .*'dog'"),
+        ({"answer": lambda text: (2, 5), "canonical": len}, "canonical returns 3 for 'dog'; expected a text"),
+    ],
+)
+def test_what_goes_wrong_in_a_task_of_ones_own_is_named(functions: dict[str, Any], message: str):
+    with pytest.raises(DQOError, match=f"^task 'story': {message}"):
+        embedded_text("answer", False, replace(STORY, **functions))("A dog ran.")
 
 
 def learned(model: Path, answers: list[str], pick: Callable[[str], str | None], form: str) -> Tensor:
