@@ -327,7 +327,7 @@ def calibrate(
     qualities: list[list[float | None]] = []
     vectors, similarities, unembedded, likelihoods = [], [], [], []
     cut_shares: list[dict[str, float]] = []
-    pick = embedded_text(method.defences.embed, method.defences.strip_reasoning, task.answer)
+    pick = embedded_text(method.defences.embed, method.defences.strip_reasoning, task)
     cut, seconds = 0.0, _Stopwatch(device)
     for start in range(0, len(rows), step):
         batch = rows[start : start + step]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from dqo.errors import DQOError
+from dqo.tasks import calling
 from dqo.tasks.base import Task
 
 if TYPE_CHECKING:  # `check` is asked where nothing is computed
@@ -92,29 +93,32 @@ def check(recipe: "Recipe", task: Task) -> None:
         )
 
 
-def embedded_text(
-    embed: Embedded, strip_reasoning: bool, answer: Callable[[str], tuple[int, int] | None] | None
-) -> Callable[[str], str | None]:
+def embedded_text(embed: Embedded, strip_reasoning: bool, task: Task) -> Callable[[str], str | None]:
     """Return the function that picks the words of a response whose meaning counts.
 
     Args:
         embed: `response`: all of it; `through_answer`: up to the end of its answer, so that what is appended to a right
-            answer gains nothing; `answer`: the answer alone, so that different ways to one answer count as the same.
+            answer gains nothing; `answer`: the answer alone, in the task's `canonical` spelling where it has one, so
+            that different ways to one answer count as the same.
         strip_reasoning: Whether `<think>...</think>` is left out first.
-        answer: Where the answer stands in a response (`dqo.tasks.Task.answer`); `None` takes all of it.
+        task: Says where the answer stands; one without `answer` has all of a response embedded.
 
     Returns:
-        Response -> text to embed; `None` when no answer is found or nothing is left, for which no bonus is earned.
+        Response -> text to embed; `None` when no answer is found or nothing is left, for which no bonus is earned. It
+        raises a DQOError where a function of the task fails.
     """
 
     def pick(response: str) -> str | None:
         text = _REASONING.sub("", response) if strip_reasoning else response
-        if embed != "response" and answer is not None:
-            found = answer(text)
+        if embed != "response" and task.answer is not None:
+            found = calling.answer(task, text)
             if found is None:
                 return None
             start, end = found
-            text = text[:end] if embed == "through_answer" else text[start:end]
+            if embed == "through_answer":
+                text = text[:end]
+            else:
+                text = text[start:end] if task.canonical is None else calling.canonical(task, text[start:end])
         return text if text.strip() or text == response else None
 
     return pick

@@ -11,7 +11,7 @@ With L the Gram matrix of the m counted members' embeddings and l_i = log pi(y_i
 |---|---|---|---|
 | `log_volume` | log det(L + I) - log det(L_{-i} + I) | DQO | [log(1 + 1/m), log 2] |
 | `elliptical` | phi_i' (I + sum_{j != i} phi_j phi_j')^{-1} phi_i | RepExp (arXiv 2510.11686) | [1/m, 1] |
-| `cosine_distance` | mean over j != i of 1 - L[i, j] | pairwise distance | [0, 2] |
+| `cosine_distance` | sum over j != i of 1 - L[i, j], over k - 1 | pairwise distance | [0, 2] |
 | `vendi` | V(L) - V(L_{-i}), V the exp of the eigenvalues' entropy | Vendi score (arXiv 2210.02410) | see below |
 | `distinct` | share of the others that mean something else | DARLING (arXiv 2509.02534) | [0, 1] |
 | `similarity` | 1 / (1 + sum over j != i of max(0, L[i, j])) | DRA-GRPO (arXiv 2505.09655) | [1/m, 1] |
@@ -31,10 +31,14 @@ multiply` (`dqo.advantage.weighted`) the first two are alpha = 1; the third is a
 counted among the others, from 0 to 1 [ours]. With `combine: add` all are compared with the volume on equal terms.
 
 `entropy` is the exact estimator of the gradient of the response's entropy: grad E[-l] = E[-l grad l], because E[grad l]
-is 0 [derived]. It grows with length, as the entropy of a sequence does.
+is 0 [derived]. It grows with length, as the entropy of a sequence does. Where members are masked for what they are,
+E[grad l] over the others is not 0, and the estimate is that of the sum of 1 - l over these [derived, checked by
+enumeration].
 
-Masked members leave the group: they get 0 and change nobody's bonus. A member alone in its group has `log_volume`
-log 2, `elliptical` and `vendi` 1, and 0 for what is relative to others.
+Masked members leave the group: they get 0, and the others' bonuses are those of the group of m. Only
+`cosine_distance` remembers k: divided by a constant it is the leave-one-out difference of one score, whoever leaves,
+which a mean over the m - 1 others is not, since the m of that score would move with the members. A member alone in its
+group has `log_volume` log 2, `elliptical` and `vendi` 1, and 0 for what is relative to others.
 """
 
 import math
@@ -99,9 +103,10 @@ def elliptical_bonus(embeddings: Tensor, mask: Tensor | None = None, kernel_scal
 
 
 def cosine_bonus(embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean cosine distance of each member to the others.
+    """Sum of the cosine distances of each member to the others that count, divided by k - 1.
 
-    It is the leave-one-out difference of the sum over pairs, divided by m - 1.
+    Where all count, that is the mean distance to the others. It is the leave-one-out difference of the sum over pairs
+    of counted members, divided by k - 1 [derived, checked by enumeration].
 
     Args:
         embeddings: Unit-norm response embeddings, shape `(..., k, d)`.
@@ -116,8 +121,9 @@ def cosine_bonus(embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
     gram, counted = _gram(embeddings, mask)
     others = counted.sum(-1, keepdim=True) - 1
     similarity = gram.sum(-1) - gram.diagonal(dim1=-2, dim2=-1)
-    distance = (others - similarity).clamp(min=0.0) / others.clamp(min=1)
-    return torch.where(counted, distance, 0.0)
+    # A tensor: CUDA divides by a number of Python as it multiplies by its inverse, which rounds otherwise.
+    all_others = torch.full_like(others, max(1, gram.shape[-1] - 1))
+    return torch.where(counted, (others - similarity).clamp(min=0.0) / all_others, 0.0)
 
 
 def vendi_bonus(embeddings: Tensor, mask: Tensor | None = None) -> Tensor:

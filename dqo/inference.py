@@ -19,7 +19,7 @@ from dqo.mlflow_errors import in_words
 from dqo.policy import default_device
 from dqo.recipe import Encoder, Recipe, Sampling, parse
 from dqo.serving import ResponseGroups
-from dqo.tasks import get_task
+from dqo.tasks import calling, get_task
 from dqo.tasks.base import Message, Row, Task
 
 if TYPE_CHECKING:
@@ -107,8 +107,9 @@ class TrainedModel:
                 if row["prompt"][-1]["content"] == prompt:
                     return Request(list(row["prompt"]), row)
             for row in read_jsonl(task.bundled):
-                if task.prompt(row)[-1]["content"] == prompt:
-                    return Request(task.prompt(row), {**row, "prompt": task.prompt(row)})
+                asked = calling.prompt(task, row)
+                if asked and asked[-1]["content"] == prompt:
+                    return Request(asked, {**row, "prompt": asked})
         except DQOError as error:  # the module of a task of one's own may not be here
             return Request(messages, None, str(error))
         fields = ", ".join(task.fields)
@@ -134,9 +135,9 @@ class TrainedModel:
         if not isinstance(row, dict):
             raise DQOError(f"--row: expected a JSON object with {_fields(task)}, got {type(row).__name__}")
         # What references are good for differs: a reward that needs them says so later.
-        if problem := task.check({"references": ["any"], **row}):
+        if problem := calling.check(task, {"references": ["any"], **row}):
             raise DQOError(f"--row: {problem}; expected a row of task {task.name!r} with {_fields(task)}")
-        messages = task.prompt(row)
+        messages = calling.prompt(task, row)
         return Request(messages, {**row, "prompt": messages})
 
     def respond(self, request: Request, n: int, sampling: Sampling, seed: int) -> Group:
@@ -160,8 +161,9 @@ class TrainedModel:
             reward = rewards.build(self.recipe, get_task(self.recipe.task), default_device(), encoder)
             try:
                 qualities = rewards.score(reward, texts, [request.row] * n)
-            except KeyError as error:
-                if error.args != ("references",):
+            except (KeyError, DQOError) as error:  # a rule's own is the cause of the other
+                missing = error if isinstance(error, KeyError) else error.__cause__
+                if not isinstance(missing, KeyError) or missing.args != ("references",):
                     raise
                 unmeasured = "the reward needs `references`, and the row holds none"
         return Group(

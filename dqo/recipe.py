@@ -158,7 +158,8 @@ class Defences(_Section):
     (docs/method.md)."""
     embed: Literal["response", "through_answer", "answer"] = "response"
     """What of a response is embedded in training: all of it, what stands up to the end of its answer, or the answer
-    alone; where no answer is found, no bonus is earned. Evaluation always embeds the whole response."""
+    alone, in one spelling where the task knows equal ones; where no answer is found, no bonus is earned. Evaluation
+    always embeds the whole response."""
     strip_reasoning: bool = False
     """Whether `<think>...</think>` is left out before embedding."""
 

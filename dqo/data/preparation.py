@@ -27,6 +27,7 @@ from dqo.data.sources import RejectedRow, Source, SourceRow, read_source
 from dqo.errors import DQOError
 from dqo.files import write_jsonl, write_text
 from dqo.recipe import Recipe
+from dqo.tasks import calling
 from dqo.tasks.base import Message, Task
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ def prepare(
     Raises:
         DQOError: If the source cannot be read, a larger share than `data.max_bad_share` of its rows is unusable, or a
             side of the split is empty; then nothing is written but `<out_dir>.quarantine.jsonl`, which the message
-            names. Also if `out_dir` holds other files or the tokenizer has no chat template.
+            names. Also if `out_dir` holds other files, the tokenizer has no chat template, or a function of the task
+            fails.
     """
     _check_replaceable(out_dir)
     if not tokenizer.chat_template:
@@ -149,11 +151,17 @@ class _Examiner:
 
     def __call__(self, row: SourceRow) -> _Example | RejectedRow:
         """Return the row as an example, or the first reason against it."""
-        problem = self.task.check(row.values)
+        problem = calling.check(self.task, row.values)
         if problem:
             return RejectedRow.of(row, "unusable field", problem)
-        prompt = self.task.prompt(row.values)
-        references = list(dict.fromkeys(reference.strip() for reference in row.values["references"]))
+        prompt = calling.prompt(self.task, row.values)
+        references = row.values["references"]
+        if not isinstance(references, (list, tuple)) or not all(isinstance(one, str) for one in references):
+            reason = (
+                f"references: got {references!r}; expected a list of texts"  # where the task's `check` lets it pass
+            )
+            return RejectedRow.of(row, "unusable field", reason)
+        references = list(dict.fromkeys(reference.strip() for reference in references))
         fields = {name: row.values[name] for name in self.task.fields}
         if not prompt or not all(message["content"].strip() for message in prompt):
             return RejectedRow.of(row, "empty prompt", f"got {prompt!r}; expected messages with text")

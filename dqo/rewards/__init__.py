@@ -2,7 +2,7 @@
 
 | `reward.kind` | quality of a response | range | None (unscorable) |
 |---|---|---|---|
-| `rule` | the task's own rule, `Task.reward` | [0, 1] | where the rule says so |
+| `rule` | the task's own rule, `Task.reward` | [0, 1], others are refused | where the rule says so |
 | `reference_similarity` | cosine to the nearest reference, as the encoder sees them | [0, 1] | never |
 | `model` | score of a reward model | (0, 1); any number unsquashed | too long, NaN, special tokens |
 | `auto` (default) | `rule` where the task has one, else `reference_similarity` | [0, 1] | |
@@ -12,11 +12,13 @@ Unscorable responses are counted as `unscorable_rate`; they leave the kernel and
 """
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from dqo.errors import DQOError
 from dqo.recipe import Recipe
+from dqo.tasks import calling
 from dqo.tasks.base import Row, Task
 
 if TYPE_CHECKING:
@@ -36,6 +38,10 @@ class Reward(Protocol):
         ...
 
 
+TIE = 1e-6
+"""Rewards that differ by no more than this are equal: what float32 leaves of sums and means."""
+
+
 class RuleReward:
     """A task's own rule.
 
@@ -46,32 +52,74 @@ class RuleReward:
     def __init__(self, task: Task) -> None:
         if task.reward is None:
             raise _no_rule(task)
-        self._rule = task.reward
+        self._task = task
         self.name = f"{task.name}_reward"
 
     def __call__(self, responses: Sequence[str], rows: Sequence[Row]) -> list[float | None]:
-        """See `Reward`."""
-        return [self._rule(response, row) for response, row in zip(responses, rows, strict=True)]
+        """See `Reward`.
+
+        Returns:
+            In [0, 1]; what rounding has put beyond by no more than `TIE` is that bound.
+
+        Raises:
+            DQOError: If the rule raises, or a value is no number or outside [0, 1]: what a recipe may ask of a quality
+                (`min_quality`) is checked against that range.
+        """
+        return [self._judge(response, row) for response, row in zip(responses, rows, strict=True)]
+
+    def _judge(self, response: str, row: Row) -> float | None:
+        value = calling.call(self._task, "reward", response, row)
+        expected = "a number in [0, 1]"
+        quality = _number(self.name, response, value, expected)
+        if quality is None or math.isnan(quality):
+            return quality
+        if not -TIE <= quality <= 1 + TIE:
+            raise _refused(self.name, response, value, expected)
+        return min(max(quality, 0.0), 1.0)
 
 
 def score(reward: Reward, responses: Sequence[str], rows: Sequence[Row]) -> list[float | None]:
     """Score responses and check what comes back.
 
+    Returns:
+        A float for each real number, numpy's among them; True and False, of a reward that says right or wrong, are 1
+        and 0. None and NaN stay.
+
     Raises:
         DQOError: If a value is infinite or not a number.
     """
     values = reward(responses, rows)
-    for text, value in zip(responses, values, strict=True):
-        if value is not None and (not isinstance(value, (int, float)) or math.isinf(value)):
-            raise DQOError(
-                f"reward {reward.name!r}: got {value!r} for the response {text[:80]!r}; expected a finite number, or "
-                "None where the response cannot be judged"
-            )
-    return values
+    return [_number(reward.name, text, value, "a finite number") for text, value in zip(responses, values, strict=True)]
 
 
-TIE = 1e-6
-"""Rewards that differ by no more than this are equal: what float32 leaves of sums and means."""
+def _number(name: str, response: str, value: Any, expected: str) -> float | None:
+    """What a reward has returned as a float, NaN included, or None.
+
+    Raises:
+        DQOError: If it is infinite or no number.
+    """
+    if value is None:
+        return None
+    # Anything else with a __float__, such as an array or a tensor of one value, is more likely a mistake.
+    if not isinstance(value, numbers.Real):
+        import numpy as np  # what only looks at a recipe does not wait for it
+
+        if not isinstance(value, np.bool_):  # the one number of numpy's that is no Real
+            raise _refused(name, response, value, expected)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        number = math.inf
+    if math.isinf(number):
+        raise _refused(name, response, value, expected)
+    return number
+
+
+def _refused(name: str, response: str, value: Any, expected: str) -> DQOError:
+    return DQOError(
+        f"reward {name!r}: got {repr(value)[:80]} for the response {response[:80]!r}; expected {expected}, or None "
+        "where the response cannot be judged"
+    )
 
 
 def tied_groups(rewards: "torch.Tensor") -> "torch.Tensor":

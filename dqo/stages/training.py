@@ -310,7 +310,7 @@ def train(
             model=model,
             encoder=encoder,
             embedded_text=embedded_text(
-                recipe.method.defences.embed, recipe.method.defences.strip_reasoning, get_task(recipe.task).answer
+                recipe.method.defences.embed, recipe.method.defences.strip_reasoning, get_task(recipe.task)
             ),
             reward_funcs=reward,
             train_dataset=Dataset.from_list(rows),

@@ -2,10 +2,10 @@
 
 import importlib
 import re
-import traceback
 
 from dqo.errors import DQOError
 from dqo.tasks.base import PublicSet, Task
+from dqo.tasks.calling import place
 
 __all__ = ["TASKS", "PublicSet", "Task", "get_task", "problem"]
 
@@ -46,7 +46,7 @@ def get_task(name: str) -> Task:
         # A dataclass calls its missing fields arguments of Task.__init__().
         said = str(error).replace("Task.__init__()", "Task()")
         raise DQOError(
-            f"task: got {name!r}, but importing {path!r} fails: {type(error).__name__}: {said}{_place(error)}"
+            f"task: got {name!r}, but importing {path!r} fails: {type(error).__name__}: {said}{place(error)}"
         ) from error
     try:
         task = getattr(module, attribute)
@@ -57,11 +57,3 @@ def get_task(name: str) -> Task:
     if not isinstance(task, Task):
         raise DQOError(f"task: {name!r} is of type {type(task).__name__}; expected a dqo.tasks.Task")
     return task
-
-
-def _place(error: BaseException) -> str:
-    """Name the file and line that raised, the way a traceback would."""
-    if isinstance(error, SyntaxError):  # its text names them
-        return ""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""

@@ -54,6 +54,7 @@ class Task:
     """Why the row is unusable, naming field and value; `None` when it is usable. Accepts any mapping."""
     reward: Callable[[str, Row], float | None] | None
     """Quality of a response in [0, 1] by a rule; `None` when it cannot be judged. Expects a row that passes `check`.
+    True and False are 1 and 0; anything else outside that range is refused as it comes (`dqo.rewards.RuleReward`).
     A task without a rule (`None`) takes its quality from `reward.kind` of the recipe: reference similarity or a model.
     """
     public: PublicSet | None = None
@@ -61,6 +62,9 @@ class Task:
     answer: Callable[[str], tuple[int, int] | None] | None = None
     """Where the answer stands in a response, as start and end; `None` when it holds none. A task without the function
     has responses that are all answer."""
+    canonical: Callable[[str], str] | None = None
+    """One spelling of an answer, the words at `answer`, for all that the rule takes for equal; an answer that it cannot
+    read as it is written. A task without the function embeds answers as they are written (`embed: answer`)."""
     passing: float | None = None
     """A response is right where its reward is above this; `None` for a task whose responses are only better or worse.
     """

@@ -16,6 +16,7 @@ How a policy may try to hack it, and what happens:
 - a working about something else, which would look diverse: `working` asks for a number of the problem.
 - an invented calculation ("5 + 3 = 9"): `sound`.
 - a right answer followed by random text, which would look diverse: `closing`; and `answer` says where it ends.
+- one answer spelled in many ways ("8", "8.0", "16/2"), which look diverse where answers are embedded: `canonical`.
 - an expression that is expensive to compute ("The answer is 9**9**9."): only plain numbers are read as an answer.
 
 Not stopped: a right answer after a working that mentions the problem's numbers and makes no sense.
@@ -24,6 +25,7 @@ Not stopped: a right answer after a working that mentions the problem's numbers 
 import logging
 import re
 from dataclasses import astuple, dataclass
+from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
 from math import prod
@@ -38,6 +40,8 @@ FORM_SHARE = 0.1
 """What a well-formed response with a wrong answer is worth."""
 MIN_WORDS = 3
 """Different words that a working has."""
+_PLACES = 6
+"""Decimal places in which math-verify compares, its `float_rounding`."""
 
 # It warns that who switches its timeouts off has to stop long calculations; plain numbers take none.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -155,6 +159,25 @@ def answer(response: str) -> tuple[int, int] | None:
     return stated.span("number") if stated else None
 
 
+@lru_cache(maxsize=65536)
+def canonical(number: str) -> str:
+    """One spelling for all numbers that the reward takes for equal: 8 for 8.0, $8 and 16/2.
+
+    Args:
+        number: The words at `answer`.
+
+    Returns:
+        A decimal number of at most six places, without a sign of money, separators and trailing zeros: math-verify
+        compares decimals rounded to as many, so that 1/3 is 0.333333. What math-verify cannot read, as it is written.
+    """
+    parsed = _parsed(number)
+    if not parsed:
+        return number
+    # Its own rounding, for the ties; text, since its floats have digits enough for the longest number that is read.
+    rounded = Decimal(str(parsed[0].doit().round(_PLACES)))
+    return format(rounded.quantize(Decimal(1).scaleb(-_PLACES)).normalize() + 0, "f")  # + 0: without the sign of -0
+
+
 def reward(response: str, row: Row) -> float | None:
     """Quality of a response: form x (0.1 + 0.9 x right).
 
@@ -173,7 +196,7 @@ def reward(response: str, row: Row) -> float | None:
 
 
 def _same(gold: tuple[Any, ...], number: str) -> bool:
-    return verify(list(gold), list(_parsed(number)), timeout_seconds=None)
+    return verify(list(gold), list(_parsed(number)), float_rounding=_PLACES, timeout_seconds=None)
 
 
 _ASKED = 'Show the calculation briefly and end with "The answer is" and the number.'
@@ -251,5 +274,6 @@ REASONING = Task(
         convert=_from_gsm8k,
     ),
     answer=answer,
+    canonical=canonical,
     passing=FORM_SHARE,
 )

@@ -159,18 +159,27 @@ class Gated(Toy):
     """The toy policy where only some responses earn a bonus: those of a reward above a threshold."""
 
     threshold = 0.5
+    score = "log_volume"
 
     @property
     def good(self) -> Tensor:
         return self.reward > self.threshold
 
     def volume(self, group: Tensor) -> float:
+        """The score of those that earn, by numpy; of pairs divided by k - 1, whatever the size of the group."""
         members = self.embeddings[group[self.good[group]]].numpy()
-        return math.log(np.linalg.det(members @ members.T + np.eye(len(members))))
+        gram = members @ members.T
+        if self.score == "cosine_distance":
+            return sum(1 - gram[i, j] for i, j in itertools.combinations(range(len(gram)), 2)) / (self.k - 1)
+        if self.score == "vendi":
+            shares = np.linalg.eigvalsh(gram) / len(gram) if len(gram) else np.array([])
+            shares = shares[shares > 1e-14]
+            return math.exp(-(shares * np.log(shares)).sum()) if len(gram) else 0.0
+        return math.log(np.linalg.det(gram + np.eye(len(members))))
 
     def advantages(self, groups: Tensor, form: str, unearned: str) -> Tensor:
-        earns = self.good[groups]
-        bonus = leave_one_out_bonus(self.embeddings[groups], earns)
+        earns, likelihood = self.good[groups], self.theta.detach().log_softmax(0)[groups]
+        bonus = group_score(self.score, self.k).bonus(Group(self.embeddings[groups], earns, likelihood))
         if form == "decoupled":  # one group at a time, so that c is a constant
             return torch.cat(
                 [
@@ -181,14 +190,37 @@ class Gated(Toy):
         return group_advantages(self.reward[groups], bonus, ALPHA, form, earns=earns, unearned=unearned)
 
 
+EXPECTED_AT = [("paper", 0, 0), ("centred", 1, 1), ("decoupled", 1, 0)]
+"""Of each form: how many responses less than k the estimated rewards and the estimated score are of."""
+
+
 @pytest.mark.parametrize(("m", "k"), [(5, 3), (4, 4)])
-@pytest.mark.parametrize(("form", "rewards", "volume"), [("paper", 0, 0), ("centred", 1, 1), ("decoupled", 1, 0)])
-def test_a_bonus_of_zero_estimates_the_volume_of_those_that_earn(m: int, k: int, form: str, rewards: int, volume: int):
-    toy = Gated(m, k)
+@pytest.mark.parametrize("score", ["log_volume", "cosine_distance", "vendi"])
+@pytest.mark.parametrize(("form", "rewards", "volume"), EXPECTED_AT)
+def test_a_bonus_of_zero_estimates_the_score_of_those_that_earn(
+    m: int, k: int, score: str, form: str, rewards: int, volume: int
+):
+    toy = Gated(m, k, seed=1)
+    toy.score = score
+    assert 1 < toy.good.sum() < m
     groups = toy.groups(k)
-    estimated = toy.estimate(groups, toy.advantages(groups, form, "zero"))
-    expected = toy.gradient(toy.total_reward, k - rewards) + ALPHA * toy.gradient(toy.volume, k - volume)
-    close(estimated, expected)
+    of_rewards, of_score = toy.gradient(toy.total_reward, k - rewards), ALPHA * toy.gradient(toy.volume, k - volume)
+    assert of_score.abs().max() > 1e-2
+    close(toy.estimate(groups, toy.advantages(groups, form, "zero")), of_rewards + of_score)
+
+
+@pytest.mark.parametrize(("form", "rewards", "counted"), EXPECTED_AT)
+def test_the_entropy_of_those_that_earn_has_one_nat_more_for_each(form: str, rewards: int, counted: int):
+    """What the estimator leaves out, E[-grad log pi], is 0 over all responses, and not over those that earn."""
+    toy = Gated(4, 3, seed=1)
+    toy.score = "entropy"
+    groups, of = toy.groups(3), toy.groups(3 - counted)
+    surprise = (1 - toy.theta.log_softmax(0)[of]).where(toy.good[of], 0.0).sum(1)
+    (of_score,) = torch.autograd.grad(toy.chance(of) @ surprise, toy.theta)
+    close(
+        toy.estimate(groups, toy.advantages(groups, form, "zero")),
+        toy.gradient(toy.total_reward, 3 - rewards) + ALPHA * of_score,
+    )
 
 
 def test_apart_pushes_away_what_earns_where_many_do_and_are_alike():

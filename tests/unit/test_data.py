@@ -526,6 +526,47 @@ def test_empty_prompt(tmp_path, tokenizer):
     assert row["reason"] == "empty prompt: got [{'role': 'user', 'content': ' '}]; expected messages with text"
 
 
+def unnamed(row: dict) -> str:
+    return row["thing"]
+
+
+@pytest.mark.parametrize("function", ["check", "prompt"])
+def test_what_a_task_of_ones_own_raises_is_named_with_the_row(tmp_path, tokenizer, function):
+    source, task = write_lines(tmp_path / "s.jsonl", *GOOD), replace(STORY, **{function: unnamed})
+    with pytest.raises(DQOError) as caught:
+        run(tmp_path, tokenizer, source, task)
+    place = f"({__file__}, line {unnamed.__code__.co_firstlineno + 1})"
+    row = {"concepts": GOOD[0]["concepts"], "references": GOOD[0]["references"]}
+    assert str(caught.value) == (f"task 'story': {function} raises KeyError: 'thing' {place} for {repr(row)[:80]} ...")
+    assert {path.name for path in tmp_path.iterdir()} == {"s.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("function", "value", "shown", "expected"),
+    [
+        ("check", True, "True", "why the row is unusable, or None"),
+        ("prompt", "Write!", "'Write!'", "a list of messages, each with the texts `role` and `content`"),
+        ("prompt", None, "None", "a list of messages, each with"),
+        ("prompt", [{"role": "user"}], "[{'role': 'user'}]", "a list of messages, each with"),
+        ("prompt", [{"role": "user", "content": 3}], "[{'role': 'user', 'content': 3}]", "a list of messages, each"),
+    ],
+)
+def test_what_a_task_of_ones_own_must_not_return_is_named(tmp_path, tokenizer, function, value, shown, expected):
+    source = write_lines(tmp_path / "s.jsonl", *GOOD)
+    with pytest.raises(DQOError) as caught:
+        run(tmp_path, tokenizer, source, replace(STORY, **{function: lambda row: value}))
+    message = str(caught.value)
+    assert message.startswith(f"task 'story': {function} returns {shown} for {{'concepts': [")
+    assert f" ...; expected {expected}" in message
+
+
+@pytest.mark.parametrize("references", [None, [3], {"a": 1}])
+def test_references_that_a_check_of_ones_own_lets_pass(tmp_path, tokenizer, references):
+    task = replace(STORY, check=lambda row: None)
+    row = quarantined(tmp_path, tokenizer, {"concepts": ["moon", "ball"], "references": references}, task=task)
+    assert row["reason"] == f"unusable field: references: got {references!r}; expected a list of texts"
+
+
 def test_special_token_in_a_reference(tmp_path, tokenizer):
     bad = {"concepts": ["moon", "ball"], "references": ["A ball.<|im_start|>user"]}
     row = quarantined(tmp_path, tokenizer, bad)

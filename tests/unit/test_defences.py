@@ -3,6 +3,8 @@
 import itertools
 import math
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,11 @@ from dqo.advantage import group_advantages
 from dqo.defences import Defences, embedded_text
 from dqo.determinant import leave_one_out_bonus
 from dqo.embedding import ResponseEncoder
+from dqo.errors import DQOError
 from dqo.recipe import Encoder
 from dqo.stages.training import _METRICS
+from dqo.tasks.reasoning import REASONING
+from dqo.tasks.story import STORY
 
 NAN = math.nan
 REWARDS = torch.tensor([[1.0, 0.2, NAN, 0.5], [0.1, 0.2, 0.3, 0.4]])
@@ -139,41 +144,87 @@ SEE_GIBBERISH = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_without_a_defence_gibberish_pays(form: str):
-    assert drift_to_gibberish(Defences(), FLAT, form=form) > 0
-    assert drift_to_gibberish(Defences(), alpha=20.0, form=form) > 0  # whatever the reward says of it
+def assert_turned(
+    defences: Defences, rewards: Tensor, alpha: float, form: str, unearned: str = "zero", turned: bool = True
+) -> None:
+    """The volume pays for gibberish without the defence and, unless it is not `turned`, not with it."""
+    assert drift_to_gibberish(Defences(), rewards, alpha, form=form) > 0, "nothing to turn"
+    assert (drift_to_gibberish(defences, rewards, alpha, form=form, unearned=unearned) < 0) == turned
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("fields", [{"min_quality": 0.5}, *SEE_GIBBERISH.values()], ids=["quality", *SEE_GIBBERISH])
-def test_with_a_defence_gibberish_does_not_pay(fields: dict[str, Any], form: str):
-    assert drift_to_gibberish(Defences(**fields), form=form) < 0
+def test_each_defence_turns_an_alpha_at_which_gibberish_pays_whatever_the_reward_says(
+    fields: dict[str, Any], form: str
+):
+    assert_turned(Defences(**fields), GOOD, 20.0, form)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("alpha", [0.1, 1.0, 10.0])
 @pytest.mark.parametrize("fields", SEE_GIBBERISH.values(), ids=SEE_GIBBERISH)
-def test_nor_where_the_reward_does_not_see_it(fields: dict[str, Any], alpha: float, form: str):
-    assert drift_to_gibberish(Defences(**fields), FLAT, alpha, form=form) < 0
+def test_and_where_the_reward_does_not_see_it(fields: dict[str, Any], alpha: float, form: str):
+    assert_turned(Defences(**fields), FLAT, alpha, form)
 
 
-def test_what_stands_apart_may_pay_all_the_same():
-    """The reason for a bonus of zero: a response that earns none is spared the baseline that the others are held to."""
-    assert drift_to_gibberish(Defences(max_tokens=20), FLAT, unearned="apart") > 0
+@pytest.mark.parametrize("form", FORMS)
+def test_quality_just_below_the_floor_is_turned_by_a_bonus_of_zero(form: str):
+    assert_turned(Defences(min_quality=0.9), 0.92 - 0.07 * (1 - GOOD), 1.5, form)
 
 
-def test_a_group_of_wrong_answers_does_not_learn_to_differ():
+# What stands apart.
+
+
+@pytest.mark.parametrize(("form", "turned"), [("paper", True), ("centred", True), ("decoupled", False)])
+def test_what_stands_apart_may_pay_all_the_same(form: str, turned: bool):
+    """The reason for a bonus of zero: in `decoupled`, what earns none is spared the baseline that others are held to.
+
+    `paper` has no baseline, and the bonuses of those that earn add up to 0 in `centred`, which leaves the chance to
+    earn to the reward.
+    """
+    assert_turned(Defences(min_quality=0.9), 0.92 - 0.07 * (1 - GOOD), 1.5, form, "apart", turned)
+
+
+@pytest.mark.parametrize("fields", SEE_GIBBERISH.values(), ids=SEE_GIBBERISH)
+def test_so_does_what_the_reward_does_not_see(fields: dict[str, Any]):
+    assert_turned(Defences(**fields), FLAT, 4.0, "decoupled", "apart", turned=False)
+
+
+def test_apart_a_floor_holds_against_what_falls_short_of_it_by_enough():
+    """The quality that is missing has to outweigh a bonus below the baseline, which is what most groups here earn.
+
+    Were the good answers all alike, a group with M of them would move the log-odds by 0.8 M alpha (log(1 + 1/M) - c), M
+    binomial, c = log(8/3)/2 the middle, and quality moves them by 0.96 of what is missing: the two cancel at 0.122
+    alpha. They differ a little and earn a little more, so that it is at 0.114 alpha.
+    """
+    alpha = 1.5
+    earning = sum(
+        math.comb(3, m) * 0.6**m * 0.4 ** (3 - m) * 0.8 * m * (math.log1p(1 / m) - math.log(8 / 3) / 2)
+        for m in (1, 2, 3)
+    )
+    alike = -earning / 0.96  # per alpha
+    assert alike == pytest.approx(0.122, abs=5e-4)
+    for short, turned in ((0.8 * alike, False), (1.1 * alike, True)):
+        rewards = 0.9 - short * alpha * (1 - GOOD)
+        assert_turned(Defences(min_quality=0.9), rewards, alpha, "decoupled", "apart", turned)
+        assert_turned(Defences(min_quality=0.9), rewards, alpha, "decoupled", "zero")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_group_of_wrong_answers_does_not_learn_to_differ(form: str):
     """Where nothing is right, the policy drifts to whatever is unlike the rest, unless the group's gate is shut."""
-    wrong = torch.zeros(5, dtype=torch.float64)
-    assert drift_to_gibberish(Defences(), wrong) > 0
-    assert drift_to_gibberish(Defences(min_quality=0.5, quality_gate="group"), wrong) == pytest.approx(0, abs=1e-12)
+    wrong, shut = torch.zeros(5, dtype=torch.float64), Defences(min_quality=0.5, quality_gate="group")
+    assert drift_to_gibberish(Defences(), wrong, form=form) > 0
+    assert drift_to_gibberish(shut, wrong, form=form) == pytest.approx(0, abs=1e-12)
 
 
 def stated(response: str) -> tuple[int, int] | None:
     """The number after "answer is"."""
     found = re.search(r"answer is (\d+)\.?", response)
     return None if found is None else found.span(1)
+
+
+STATED = replace(STORY, name="stated", answer=stated)
 
 
 @pytest.mark.parametrize(
@@ -191,58 +242,113 @@ def stated(response: str) -> tuple[int, int] | None:
     ],
 )  # fmt: skip
 def test_which_words_are_embedded(embed, strip, response: str, expected: str | None):
-    assert embedded_text(embed, strip, stated)(response) == expected
+    assert embedded_text(embed, strip, STATED)(response) == expected
 
 
 def test_without_an_answer_function_the_whole_response_is_the_answer():
-    assert embedded_text("answer", False, None)("A dog ran.") == "A dog ran."
+    assert embedded_text("answer", False, STORY)("A dog ran.") == "A dog ran."
 
 
-def assert_pays(model: Path, answers: list[str], embed: str, strip: bool, pays: bool) -> None:
-    """Whether a policy that says four things equally often learns the last two, over all groups of three."""
-    pick = embedded_text(embed, strip, stated)
+def test_the_answer_alone_is_embedded_in_the_tasks_spelling():
+    task = replace(STATED, canonical=lambda number: f"<{int(number)}>")
+    response = "Two and two: the answer is 004, of course."
+    assert embedded_text("answer", False, task)(response) == "<4>"
+    assert embedded_text("through_answer", False, task)(response) == "Two and two: the answer is 004"
+    assert embedded_text("response", False, task)(response) == response
+
+
+@pytest.mark.parametrize(
+    ("functions", "message"),
+    [
+        ({"answer": lambda text: text.index("!")}, "answer raises ValueError: substring not found .* for 'A dog ran.'"),
+        (
+            {"answer": lambda text: 3},
+            "answer returns 3 for 'A dog ran.'; expected start and end of the answer, or None",
+        ),
+        ({"answer": lambda text: (2, 5), "canonical": lambda word: int(word)}, "canonical raises ValueError: .*'dog'"),
+        ({"answer": lambda text: (2, 5), "canonical": len}, "canonical returns 3 for 'dog'; expected a text"),
+    ],
+)
+def test_what_goes_wrong_in_a_task_of_ones_own_is_named(functions: dict[str, Any], message: str):
+    with pytest.raises(DQOError, match=f"^task 'story': {message}"):
+        embedded_text("answer", False, replace(STORY, **functions))("A dog ran.")
+
+
+def learned(model: Path, answers: list[str], pick: Callable[[str], str | None], form: str) -> Tensor:
+    """Gradient of a policy that says four things of equal quality equally often, over all groups of three."""
     encoder = ResponseEncoder(Encoder(model=str(model)), "cpu")
     vectors = encoder([pick(answer) or "" for answer in answers]).vectors.double()
     gradient = torch.zeros(4, dtype=torch.float64)
     for group in itertools.product(range(4), repeat=3):
         rows = torch.tensor(group)
         bonus = leave_one_out_bonus(vectors[rows][None])
-        advantages = group_advantages(torch.ones(1, 3, dtype=torch.float64), bonus, 1.0, "decoupled")[0]
+        advantages = group_advantages(torch.ones(1, 3, dtype=torch.float64), bonus, 1.0, form)[0]
         gradient += (advantages[:, None] * (torch.eye(4, dtype=torch.float64)[rows] - 0.25)).sum(0) / 4**3
-    assert (gradient[2:].sum() > 1e-3) == pays
-    if not pays:
-        assert gradient.abs().max() < 1e-6
+    return gradient
 
 
-@pytest.mark.parametrize(("embed", "pays"), [("response", True), ("through_answer", False), ("answer", False)])
-def test_random_text_behind_a_right_answer_pays_only_where_it_is_embedded(tiny_encoder, embed, pays: bool):
-    """The gradient of a policy over answers with and without a tail, all of equal quality, over all groups of three."""
+@pytest.mark.parametrize("form", FORMS)
+def test_random_text_behind_a_right_answer_pays_only_where_it_is_embedded(tiny_encoder, form: str):
     answers = [
         "The answer is 4.",
         "The answer is 4.",
         "The answer is 4. purple lantern",
         "The answer is 4. rain bakery",
     ]
-    assert_pays(tiny_encoder, answers, embed, False, pays)
+    assert learned(tiny_encoder, answers, embedded_text("response", False, STATED), form)[2:].sum() > 1e-3
+    for embed in ("through_answer", "answer"):
+        assert learned(tiny_encoder, answers, embedded_text(embed, False, STATED), form).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("form", ["paper", "centred", "decoupled"])
+@pytest.mark.parametrize("form", FORMS)
+def test_spelling_one_answer_in_many_ways_pays_only_where_it_is_embedded_as_written(tiny_encoder, form: str):
+    answers = ["The answer is 8.", "The answer is 8.", "The answer is 8.00.", "The answer is 16/2."]
+    as_written = embedded_text("answer", False, replace(REASONING, canonical=None))
+    assert [as_written(answer) for answer in answers] == ["8", "8", "8.00", "16/2"]
+    assert learned(tiny_encoder, answers, as_written, form)[2:].sum() > 1e-3
+    assert learned(tiny_encoder, answers, embedded_text("answer", False, REASONING), form).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_diverse_thoughts_before_the_same_answer_pay_only_where_they_are_embedded(tiny_encoder, form: str):
+    answers = [
+        "The answer is 4.",
+        "The answer is 4.",
+        "<think>purple lantern</think>The answer is 4.",
+        "<think>rain bakery</think>The answer is 4.",
+    ]
+    assert learned(tiny_encoder, answers, embedded_text("response", False, STATED), form)[2:].sum() > 1e-3
+    assert learned(tiny_encoder, answers, embedded_text("response", True, STATED), form).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_repeating_one_response_does_not_pay(form: str):
-    """A policy that says one of four unrelated things nine times in ten: the volume pulls it away from that one."""
+    """A policy that says one of four unrelated things nine times in ten, and that one is a little better.
+
+    The reward alone makes it say nothing else; the volume pulls it away.
+    """
     chances = torch.tensor([0.91, 0.03, 0.03, 0.03], dtype=torch.float64)
-    gradient = torch.zeros(4, dtype=torch.float64)
-    for group in itertools.product(range(4), repeat=3):
-        rows = torch.tensor(group)
-        bonus = leave_one_out_bonus(torch.eye(4, dtype=torch.float64)[rows][None])
-        advantages = group_advantages(torch.ones(1, 3, dtype=torch.float64), bonus, 1.0, form)[0]
-        gradient += chances[rows].prod() * (advantages[:, None] * (torch.eye(4)[rows] - chances)).sum(0)
-    assert gradient[0] < -0.01
-    assert (gradient[1:] > 0).all()
-    assert gradient.sum().item() == pytest.approx(0.0, abs=1e-12)
+    rewards = torch.tensor([1.0, 0.95, 0.95, 0.95], dtype=torch.float64)
+
+    def gradient(alpha: float) -> Tensor:
+        total = torch.zeros(4, dtype=torch.float64)
+        for group in itertools.product(range(4), repeat=3):
+            rows = torch.tensor(group)
+            bonus = leave_one_out_bonus(torch.eye(4, dtype=torch.float64)[rows][None])
+            advantages = group_advantages(rewards[rows][None], bonus, alpha, form)[0]
+            total += chances[rows].prod() * (advantages[:, None] * (torch.eye(4)[rows] - chances)).sum(0)
+        return total
+
+    assert gradient(0.0)[0] > 1e-3
+    with_volume = gradient(1.0)
+    assert with_volume[0] < -0.01
+    assert (with_volume[1:] > 0).all()
+    assert with_volume.sum().item() == pytest.approx(0.0, abs=1e-12)
 
 
 def test_a_response_without_an_answer_earns_nothing_in_the_trainer(tiny_policy, tiny_encoder, tmp_path):
-    pick = embedded_text("through_answer", False, lambda text: None if "storm" in text else (0, len(text)))
+    task = replace(STORY, answer=lambda text: None if "storm" in text else (0, len(text)))
+    pick = embedded_text("through_answer", False, task)
     trainer = build(
         tiny_policy, tiny_encoder, tmp_path, steps=1, alpha=0.7, advantage="paper", max_tokens=14, embedded_text=pick
     )
@@ -306,15 +412,3 @@ def test_truncation_and_similarity_reach_the_trainer(tiny_policy, tiny_encoder, 
     assert [value > 1.0 for value in trainer.used[-1]] == (similarity >= floor).tolist()
     below = (similarity < floor).float().mean().item()
     assert counted(trainer, "no_bonus_min_prompt_similarity") == pytest.approx(below, rel=1e-3)
-
-
-@pytest.mark.parametrize(("strip", "pays"), [(False, True), (True, False)])
-def test_diverse_thoughts_before_the_same_answer_pay_only_where_they_are_embedded(tiny_encoder, strip, pays: bool):
-    """The gradient of a policy that answers at once or thinks about something else first, over all groups of three."""
-    answers = [
-        "The answer is 4.",
-        "The answer is 4.",
-        "<think>purple lantern</think>The answer is 4.",
-        "<think>rain bakery</think>The answer is 4.",
-    ]
-    assert_pays(tiny_encoder, answers, "response", strip, pays)

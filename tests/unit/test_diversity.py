@@ -61,6 +61,29 @@ def test_cosine_distance_is_the_mean_over_the_others():
             assert got[i].item() == pytest.approx(expected, abs=1e-10)
 
 
+def test_cosine_distance_sums_over_pairs_of_those_that_count():
+    embeddings, counted = groups(), [0, 1, 3, 5]
+    mask = torch.tensor([i in counted for i in range(K)]).expand(len(embeddings), K)
+
+    def score(group: np.ndarray, members: list[int]) -> float:
+        return sum(1 - group[i] @ group[j] for i, j in itertools.combinations(members, 2)) / (K - 1)
+
+    for group, got in zip(embeddings.numpy(), cosine_bonus(embeddings, mask), strict=True):
+        for i in range(K):
+            expected = score(group, counted) - score(group, [j for j in counted if j != i])
+            assert got[i].item() == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_where_all_count_the_cosine_distance_is_the_mean_to_the_last_bit(dtype: torch.dtype):
+    embeddings = groups(count=50).to(dtype)
+    gram = embeddings @ embeddings.mT
+    similarity = gram.sum(-1) - gram.diagonal(dim1=-2, dim2=-1)
+    expected = (torch.tensor(K - 1) - similarity).clamp(min=0.0) / torch.tensor([K - 1])
+    assert torch.equal(cosine_bonus(embeddings), expected)
+    assert torch.equal(cosine_bonus(embeddings, torch.ones(50, K, dtype=torch.bool)), expected)
+
+
 def test_vendi_is_the_difference_of_the_librarys_scores():
     embeddings = groups()
     for group, got in zip(embeddings.numpy(), vendi_bonus(embeddings), strict=True):
@@ -139,7 +162,10 @@ def test_masked_members_leave_the_group(name: str):
     got = bonus_of(name, broken, mask)
     kept = [0, 1, 3, 5]
     group = Group(embeddings[:, kept], None, likelihoods(embeddings)[:, kept])
-    torch.testing.assert_close(got[:, kept], group_score(name, 4).bonus(group))
+    expected = group_score(name, 4).bonus(group)
+    if name == "cosine_distance":  # over k - 1, whoever leaves
+        expected *= (4 - 1) / (K - 1)
+    torch.testing.assert_close(got[:, kept], expected)
     assert not got[:, [2, 4]].any()
 
 

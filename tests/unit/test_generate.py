@@ -17,6 +17,7 @@ from dqo import inference, registry, tracking
 from dqo.checkpoint import CheckpointCard
 from dqo.embedding import ResponseEncoder
 from dqo.errors import DQOError
+from dqo.generation import Response
 from dqo.policy import trainable
 from dqo.recipe import Encoder, Lora, Policy, Sampling, parse
 from dqo.tasks import get_task
@@ -110,6 +111,33 @@ def test_a_prompt_of_its_own_has_no_quality_and_the_reason_is_given(
     shown = capsys.readouterr().out
     assert "Say [something]." in shown and "mean quality not measured, log-volume" in shown
     assert "Quality: the reward of task 'story' needs concepts, and this prompt is none of its data" in shown
+
+
+class Drawn:
+    """A model that says one thing."""
+
+    def draw(self, prompts: list, n: int, sampling: Sampling, seed: int) -> list[list[Response]]:
+        return [[Response("A bakery closed.", 4, False)] * n for _ in prompts]
+
+
+@pytest.mark.parametrize("reward", ["rule", "reference_similarity"])
+def test_a_row_without_the_references_that_the_reward_needs_has_no_quality(tiny_encoder: Path, reward: str):
+    model = inference.TrainedModel.__new__(inference.TrainedModel)
+    model._model = Drawn()
+    model.recipe = parse(
+        f"name: a\ntask: summarization\nreward: {{kind: {reward}}}\nencoder: {{model: {tiny_encoder}}}"
+    )
+    messages = [{"role": "user", "content": "Summarize."}]
+    row = {"prompt": messages, "article": "A bakery in the town closed today."}
+    group = model.respond(inference.Request(messages, row), 2, model.sampling, 0)
+    assert (group.qualities, group.unmeasured) == (None, "the reward needs `references`, and the row holds none")
+    del row["article"]
+    row["references"] = ["A bakery closed today."]
+    if reward == "rule":
+        with pytest.raises(DQOError, match=r"^task 'summarization': reward raises KeyError: 'article'"):
+            model.respond(inference.Request(messages, row), 2, model.sampling, 0)
+    else:
+        assert len(model.respond(inference.Request(messages, row), 2, model.sampling, 0).qualities) == 2
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fractions import Fraction
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pyarrow
 import pyarrow.parquet
@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 
 from dqo.data import prepare, read_rows
 from dqo.data.sources import RejectedRow, read_source
+from dqo.defences import embedded_text
 from dqo.errors import DQOError
 from dqo.recipe import Data, Recipe
 from dqo.rewards import RuleReward, TrlReward
 from dqo.tasks import get_task, make_reasoning_problems
-from dqo.tasks.reasoning import REASONING, answer, check, form, reward
+from dqo.tasks.reasoning import REASONING, answer, canonical, check, form, reward
 from dqo.tasks.story import STORY
 
 ROWS = [json.loads(line) for line in REASONING.bundled.read_text(encoding="utf-8").splitlines()]
@@ -378,6 +379,54 @@ def test_it_works_in_threads_and_as_trl_calls_it():
     columns = {name: [ROW[name]] * 40 for name in ("question", "answer", "references")}
     scores = TrlReward(RuleReward(REASONING), REASONING)(responses, prompts=[QUESTION] * 40, **columns)
     assert scores == pytest.approx(expected)
+
+
+# --- one spelling of equal answers ---
+
+SPELLINGS = {
+    "8": ["8", "8.0", "8.000000", "$8", "16/2", "008"],
+    "16": ["16", "$16/2"],  # as math-verify reads it
+    "-8": ["-8", "-8.0", "-16/2"],
+    "0": ["0", "-0", "0.0", "-0.00", "0/5"],
+    "1250": ["1250", "1,250", "$1,250.00", "2500/2"],
+    "0.5": ["0.5", "0.50", "1/2", "4/8"],
+    "0.333333": ["1/3", "0.333333", "2/6"],
+    "0.3333": ["0.3333"],
+    "80": ["80"],
+    "0.8": ["0.8", "4/5"],
+    "8.000001": ["8.000001"],
+    "999999999999.123456": ["999999999999.123456"],
+    "999999999999.123457": ["999,999,999,999.123457"],
+}
+
+
+@pytest.mark.parametrize("expected", SPELLINGS)
+def test_equal_answers_have_one_spelling(expected: str):
+    assert {canonical(spelling) for spelling in SPELLINGS[expected]} == {expected}
+    assert canonical(expected) == expected
+
+
+def test_one_spelling_is_what_the_reward_takes_for_equal():
+    """The values are parted by more than the reward's rounding; every pair is put to it, as answer and as response."""
+    spellings = [(value, spelling) for value, of_value in SPELLINGS.items() for spelling in of_value]
+    for (value, gold), (other, stated) in product(spellings, repeat=2):
+        response = f"Tom adds 3 to his 5 apples. The answer is {stated}."
+        equal = reward(response, {**ROW, "answer": gold}) == pytest.approx(1.0)
+        assert equal == (canonical(gold) == canonical(stated)) == (value == other)
+
+
+@pytest.mark.parametrize("unreadable", ["-$8", "8 or 9", "eight", "1.0000005", ""])
+def test_an_answer_that_cannot_be_read_is_left_as_it_is_written(unreadable: str):
+    assert canonical(unreadable) == unreadable
+
+
+def test_what_is_embedded_of_a_response_is_the_one_spelling():
+    pick = embedded_text("answer", True, REASONING)
+    assert pick("<think>The answer is 9.</think>5 + 3 makes 8. The answer is $8.00, or so.") is None
+    assert pick("<think>The answer is 9.</think>5 + 3 makes 8. The answer is $8.00. Or so.") == "8"
+    assert pick("It has to be. The answer is -$8.") == "-$8"
+    through = embedded_text("through_answer", False, REASONING)
+    assert through("5 + 3 makes 8. The answer is $8.00. Or so.") == "5 + 3 makes 8. The answer is $8.00"
 
 
 # --- where the answer stands ---

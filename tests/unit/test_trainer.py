@@ -52,7 +52,7 @@ def test_advantages_equal_brute_force(tiny_policy, tiny_encoder, tmp_path, form)
 
 
 def test_another_score_takes_the_place_of_the_volume(tiny_policy, tiny_encoder, tmp_path):
-    """`cosine_distance` under `centred`: the mean distance to the group's other scored members, pair by pair."""
+    """`cosine_distance` under `centred`: the distances to the group's other scored members over k - 1, pair by pair."""
     trainer = build(
         tiny_policy, tiny_encoder, tmp_path, steps=1, alpha=0.7, advantage="centred", score="cosine_distance"
     )
@@ -61,7 +61,7 @@ def test_another_score_takes_the_place_of_the_volume(tiny_policy, tiny_encoder, 
     rewards, vectors = reward(trainer._logs["completion"]), trainer.encoder(texts).vectors.double().numpy()
     for start in range(0, 12, 4):
         members = [i for i in range(start, start + 4) if rewards[i] is not None]
-        bonus = {i: np.mean([1 - vectors[i] @ vectors[j] for j in members if j != i]) for i in members}
+        bonus = {i: sum(1 - vectors[i] @ vectors[j] for j in members if j != i) / (4 - 1) for i in members}
         for i in range(start, start + 4):
             expected = 0.0
             if i in members:
