@@ -1,4 +1,4 @@
-"""Whole weights of a split model, for finished checkpoints, also where only a stage's end is repeated.
+"""Whole weights of a split model, for finished checkpoints, also where only a stage's end is repeated, and for vLLM.
 
 FSDP is PyTorch's own, over gloo. **DeepSpeed is not installed here**: a minimal engine stands in for its own, with the
 methods that accelerate and the stage ask it for, so what is tested is who is asked for what, not DeepSpeed.
@@ -174,3 +174,14 @@ def two_halves(tiny_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def test_fsdp(two_halves: Path, tiny_policy: Path, kind: str, attempt: str):
     weights = assert_same(two_halves / f"{kind}-{attempt}.safetensors", two_halves / f"{kind}-checkpoint.safetensors")
     assert_trained(weights, tiny_policy, kind)
+
+
+@pytest.mark.slow
+def test_fsdp_sends_vllm_whole_merged_weights_and_keeps_the_frozen_ones(two_halves: Path):
+    """What TRL sends of the whole model, in each process."""
+    for rank in (0, 1):
+        result = torch.load(two_halves / f"vllm-{rank}.pt")
+        assert result["sent"].keys() == result["expected"].keys()
+        for name, value in result["expected"].items():
+            torch.testing.assert_close(result["sent"][name], value, rtol=2**-7, atol=1e-3)
+        assert result["frozen"] == 20 and result["changed"] == []
