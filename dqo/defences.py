@@ -93,6 +93,16 @@ def check(recipe: "Recipe", task: Task) -> None:
         )
 
 
+def without_reasoning(response: str) -> str:
+    """Leave out a reasoning model's thoughts.
+
+    Those are what stands from `<think>` to the next `</think>`, or to the end where none follows, and then what is left
+    before a `</think>`: it was opened in the prompt, by the chat template, or held further thoughts. Where thoughts
+    that the prompt has opened never end, nothing tells them from an answer, and they stay (`drop_truncated`).
+    """
+    return _REASONING.sub("", response).rpartition("</think>")[2]
+
+
 def embedded_text(embed: Embedded, strip_reasoning: bool, task: Task) -> Callable[[str], str | None]:
     """Return the function that picks the words of a response whose meaning counts.
 
@@ -100,7 +110,7 @@ def embedded_text(embed: Embedded, strip_reasoning: bool, task: Task) -> Callabl
         embed: `response`: all of it; `through_answer`: up to the end of its answer, so that what is appended to a right
             answer gains nothing; `answer`: the answer alone, in the task's `canonical` spelling where it has one, so
             that different ways to one answer count as the same.
-        strip_reasoning: Whether `<think>...</think>` is left out first.
+        strip_reasoning: Whether thoughts are left out first (`without_reasoning`).
         task: Says where the answer stands; one without `answer` has all of a response embedded.
 
     Returns:
@@ -109,7 +119,7 @@ def embedded_text(embed: Embedded, strip_reasoning: bool, task: Task) -> Callabl
     """
 
     def pick(response: str) -> str | None:
-        text = _REASONING.sub("", response) if strip_reasoning else response
+        text = without_reasoning(response) if strip_reasoning else response
         if embed != "response" and task.answer is not None:
             found = calling.answer(task, text)
             if found is None:

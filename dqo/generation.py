@@ -7,7 +7,8 @@ from the batch, and multiplies by merged weights where an adapter allows. The di
 do better on a GPU: use vLLM there (recipe: `rl.rollout`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import (
     DynamicCache,
@@ -179,7 +180,7 @@ def _merged(model: PreTrainedModel) -> Iterator[None]:
     The frozen weights are set aside and put back, not subtracted, so that nothing drifts. Weights in bfloat16 stay as
     they are: rounding would swallow an adapter's small updates, and the sampled policy were not the trained one.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, LoraLinear)] if _may_merge(model) else []
+    layers = list(_mergeable(model))
     weights = [layer.get_base_layer().weight for layer in layers]
     frozen = [weight.data for weight in weights]
     try:
@@ -192,18 +193,35 @@ def _merged(model: PreTrainedModel) -> Iterator[None]:
             layer.merged_adapters.clear()
 
 
-def _may_merge(model: PreTrainedModel) -> bool:
-    """On a CPU, with every adapter a plain LoRA of a float32 linear layer that nobody has merged."""
-    if not isinstance(model, PeftModel) or model.device.type != "cpu":
-        return False
-    tuned = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
-    return all(
-        isinstance(layer, LoraLinear)
+def _mergeable(model: PreTrainedModel) -> Iterable[LoraLinear]:
+    """Tuned layers, if the model is on a CPU and merging all of them loses nothing; else none."""
+    layers = plain_lora(model) if model.device.type == "cpu" else None
+    if layers is None or any(layer.get_base_layer().weight.dtype != torch.float32 for layer in layers.values()):
+        return ()
+    return layers.values()
+
+
+def plain_lora(model: torch.nn.Module) -> dict[str, LoraLinear] | None:
+    """Return a peft model's tuned layers by module name, where each is merged by adding B A to its own weight.
+
+    Returns:
+        `None` for a model without adapters, and where anything that is tuned is not a plain LoRA of a linear layer
+        (DoRA, biases, embeddings), is merged already, or shares its weight with another layer.
+    """
+    if not isinstance(model, PeftModel):
+        return None
+    tuned = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    uses = Counter(id(value) for _, value in model.named_parameters(remove_duplicate=False))
+    plain = {
+        name: layer
+        for name, layer in tuned.items()
+        if isinstance(layer, LoraLinear)
         and not layer.merged
+        and not layer.lora_variant
         and not any(layer.lora_bias.values())
-        and layer.get_base_layer().weight.dtype == torch.float32
-        for layer in tuned
-    )
+        and uses[id(layer.get_base_layer().weight)] == 1
+    }
+    return plain if len(plain) == len(tuned) else None
 
 
 def _logits(causal: Any, hidden: Tensor) -> Tensor:

@@ -161,7 +161,9 @@ class Defences(_Section):
     alone, in one spelling where the task knows equal ones; where no answer is found, no bonus is earned. Evaluation
     always embeds the whole response."""
     strip_reasoning: bool = False
-    """Whether `<think>...</think>` is left out before embedding."""
+    """Whether thoughts are left out before embedding: `<think>...</think>`, and what stands before a `</think>` that no
+    `<think>` opens, as where the chat template opens it in the prompt. Where thoughts opened there never end, nothing
+    tells them from an answer (`drop_truncated`)."""
 
     @property
     def conditional(self) -> bool:

@@ -32,6 +32,7 @@ from dqo.errors import DQOError
 from dqo.recipe import SHARES, Sampling
 from dqo.rewards import tied_groups
 from dqo.shared_prompt import add_shared_prompt_forward
+from dqo.weight_sync import keep_frozen_weights
 
 
 @dataclass
@@ -144,6 +145,8 @@ class DQOTrainer(GRPOTrainer):
         if self._embeds and encoder is None:
             raise ValueError("an encoder is needed for alpha > 0 and for measuring diversity")
         super().__init__(args=args, reward_funcs=reward_funcs, **kwargs)
+        if self.use_vllm and isinstance(self.model, PeftModel):
+            keep_frozen_weights(self.vllm_generation)
         wrapped: Any = self.model
         base: Any = wrapped.get_base_model() if isinstance(wrapped, PeftModel) else wrapped
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed
 from datasets import Dataset
+from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from dqo.bundled import locate
@@ -226,6 +227,46 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
+def _load_trained(trainer: DQOTrainer, checkpoint: Path) -> None:
+    """Load the weights of a checkpoint behind which nothing is trained; every process has to call it.
+
+    Args:
+        trainer: New: its model is not wrapped yet.
+        checkpoint: A complete checkpoint of the same number of processes and the same strategy.
+    """
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        # What the training loop does before its first step. Split weights are not loaded without it, and DeepSpeed's
+        # engine, which alone puts them together, is not there.
+        trainer._prepare_for_training(trainer.args.max_steps, trainer.get_train_dataloader(), str(checkpoint))
+    else:
+        trainer._load_from_checkpoint(str(checkpoint))
+
+
+def _whole_weights(trainer: DQOTrainer) -> dict[str, torch.Tensor] | None:
+    """Put the trained weights together where the processes share them out; every process has to call it.
+
+    Args:
+        trainer: With a model that was trained, or loaded by `_load_trained`.
+
+    Returns:
+        By name, in the first process; of an adapter that ZeRO-3 has trained, the trained weights alone. `None` where
+        the model holds its weights itself, and what the strategy makes of it in the other processes.
+    """
+    if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+        return None
+    wrapped: Any = trainer.model_wrapped  # DeepSpeed's engine, or FSDP's model; `trainer.model` is never the engine
+    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
+        # What accelerate's `get_state_dict` calls, which refuses where zero3_save_16bit_model is false. That says what
+        # the checkpoints between hold; the finished one always holds whole weights. transformers calls it likewise, to
+        # leave out frozen weights, which would all be copied to the CPU for nothing.
+        weights: dict[str, torch.Tensor] | None = wrapped._zero3_consolidated_16bit_state_dict(
+            exclude_frozen_parameters=isinstance(trainer.model, PeftModel)
+        )
+        return weights
+    gathered: dict[str, torch.Tensor] = trainer.accelerator.get_state_dict(wrapped)
+    return gathered
+
+
 def train(
     context: Context,
     folder: StageFolder,
@@ -333,7 +374,7 @@ def train(
         try:
             if checkpoint is not None and (done >= args.max_steps or (monitor is not None and monitor.stop)):
                 # Only the end of the stage was interrupted. The training loop would take one more step before it looks.
-                trainer._load_from_checkpoint(str(checkpoint))
+                _load_trained(trainer, checkpoint)
             else:
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except Exception as error:
@@ -343,8 +384,7 @@ def train(
             newest_checkpoint(folder.path)  # drops the half-written one, so that the reason can be written at all
             raise DQOError(message) from error
     trained: Any = trainer.accelerator.unwrap_model(trainer.model)
-    # Where the weights are split over the processes, all of them have to take part in putting them together.
-    weights = None if recipe.distributed.strategy == "ddp" else trainer.accelerator.get_state_dict(trainer.model)
+    weights = _whole_weights(trainer)
     if run is None or recorder is None:
         return
     stopped = None if monitor is None else monitor.stop

@@ -15,7 +15,7 @@ from scripted import ScriptedTrainer, build, reward
 from torch import Tensor
 
 from dqo.advantage import group_advantages
-from dqo.defences import Defences, embedded_text
+from dqo.defences import Defences, embedded_text, without_reasoning
 from dqo.determinant import leave_one_out_bonus
 from dqo.embedding import ResponseEncoder
 from dqo.errors import DQOError
@@ -238,11 +238,46 @@ STATED = replace(STORY, name="stated", answer=stated)
         ("answer", False, "Tulips", None),
         ("through_answer", True, "<think>the answer is 4", None),
         ("response", True, "<think>endless", None),
+        ("response", True, "2 + 2</think>", None),
+        ("answer", True, "The answer is 5, or not?</think>The answer is 4.", "4"),
+        ("through_answer", True, "The answer is 5.</think>Tulips", None),
         ("response", True, "", ""),
     ],
 )  # fmt: skip
 def test_which_words_are_embedded(embed, strip, response: str, expected: str | None):
     assert embedded_text(embed, strip, STATED)(response) == expected
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("An answer.", "An answer."),
+        ("<think>a</think>An answer.", "An answer."),
+        ("So: <think>a\n\nb</think>\n\nAn answer.", "So: \n\nAn answer."),
+        # Opened by the template, in the prompt.
+        ("a</think>An answer.", "An answer."),
+        ("a\n</think>\n\nAn answer.", "\n\nAn answer."),
+        ("a</think>", ""),
+        # Within each other, the outer ones opened by the response or by the template; or the tag as a mere word.
+        ("<think>a<think>b</think>c</think>An answer.", "An answer."),
+        ("<think>a<think>b<think>c</think>d</think>e</think>An answer.", "An answer."),
+        ("a<think>b</think>c</think>An answer.", "An answer."),
+        ("<think>a<think>b</think>An answer.", "An answer."),
+        # Never ended: nothing of them is an answer, unless the template opened them.
+        ("<think>a", ""),
+        ("An answer.<think>a", "An answer."),
+        ("a</think>An answer.<think>b", "An answer."),
+        ("<think>a</think>An answer.<think>b<think>c", "An answer."),
+        # Several.
+        ("<think>a</think>An <think>b</think>answer.", "An answer."),
+        ("a</think>An <think>b</think>answer.", "An answer."),
+        ("a</think>b</think>An answer.", "An answer."),
+        ("<think></think>An answer.", "An answer."),
+        ("", ""),
+    ],
+)  # fmt: skip
+def test_thoughts_are_left_out_whoever_opened_them(response: str, expected: str):
+    assert without_reasoning(response) == expected
 
 
 def test_without_an_answer_function_the_whole_response_is_the_answer():
@@ -309,13 +344,14 @@ def test_spelling_one_answer_in_many_ways_pays_only_where_it_is_embedded_as_writ
     assert learned(tiny_encoder, answers, embedded_text("answer", False, REASONING), form).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("opened", ["<think>", ""])
 @pytest.mark.parametrize("form", FORMS)
-def test_diverse_thoughts_before_the_same_answer_pay_only_where_they_are_embedded(tiny_encoder, form: str):
+def test_diverse_thoughts_before_the_same_answer_pay_only_where_they_are_embedded(tiny_encoder, form: str, opened: str):
     answers = [
         "The answer is 4.",
         "The answer is 4.",
-        "<think>purple lantern</think>The answer is 4.",
-        "<think>rain bakery</think>The answer is 4.",
+        f"{opened}purple lantern</think>The answer is 4.",
+        f"{opened}rain bakery</think>The answer is 4.",
     ]
     assert learned(tiny_encoder, answers, embedded_text("response", False, STATED), form)[2:].sum() > 1e-3
     assert learned(tiny_encoder, answers, embedded_text("response", True, STATED), form).abs().max() < 1e-6

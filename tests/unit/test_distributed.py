@@ -47,6 +47,7 @@ def test_the_strategies_switch_on_what_they_say():
         assert variables["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == stage
         # Else DeepSpeed would step at each micro-batch, whatever the recipe says.
         assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" not in variables
+    assert environment("zero3")["ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] == "true"
 
 
 def two_processes(strategy):

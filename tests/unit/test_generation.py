@@ -8,7 +8,7 @@ from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig, MambaConfig, MistralConfig
 
 from dqo.errors import DQOError
-from dqo.generation import _draw, _may_merge, _warpers, sample, sample_texts, shares_prompts
+from dqo.generation import _draw, _mergeable, _warpers, plain_lora, sample, sample_texts, shares_prompts
 from dqo.recipe import Sampling
 
 
@@ -115,11 +115,31 @@ def test_an_interrupted_sample_leaves_the_adapter_unmerged(adapted):
 
 def test_frozen_weights_in_half_precision_are_not_merged(adapted):
     """Rounding to bfloat16 would lose the adapter, so its own products must run."""
-    assert _may_merge(adapted)
-    for layer in adapted.modules():
-        if isinstance(layer, LoraLayer):
-            layer.get_base_layer().bfloat16()
-    assert not _may_merge(adapted)
+    layers = [layer for layer in adapted.modules() if isinstance(layer, LoraLayer)]
+    assert list(_mergeable(adapted)) == layers
+    layers[0].get_base_layer().bfloat16()
+    assert not list(_mergeable(adapted))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},  # of the tiny model, the embedding's weight too
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "use_dora": True},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3]},
+    ],
+    ids=lambda settings: "-".join(map(str, settings)),
+)
+def test_what_is_no_plain_adapter_of_a_weight_of_its_own_is_not_merged(tiny_policy, settings):
+    base = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.float32)
+    assert plain_lora(base) is None
+    plain = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert len(plain_lora(plain) or ()) == 2
+    plain.merge_adapter()
+    assert plain_lora(plain) is None
+    plain.unmerge_adapter()
+    assert plain_lora(get_peft_model(plain.unload(), LoraConfig(r=4, task_type="CAUSAL_LM", **settings))) is None
 
 
 def test_a_diverged_policy_is_an_error(tiny_policy):
