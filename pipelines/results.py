@@ -37,6 +37,8 @@ _SHOWN = (
     "mean_tokens",
 )
 _DECIDING = ("quality", "best_of_n", "log_volume", "distinct_4", "self_bleu_diversity")
+_STARTS = {"base": "base model", "sft": "SFT"}
+"""What all runs of a part start from, and what a reader calls it."""
 _SIGNED = "{:+.3f} [{:+.3f}, {:+.3f}]"
 
 
@@ -202,7 +204,7 @@ def _section(
         return [f"Not run yet ({len({cell.key for cell in cells})} runs).", ""]
     missing = [line for line in lines if len(line.rows) < line.planned]
     absent = {_title(cell) for cell in cells} - {line.title for line in lines}
-    starts = [_start(lines, name, title) for name, title in (("base", "base model"), ("sft", "SFT"))]
+    starts = [start for model in _STARTS for start in _starts(lines, model)]
     columns = ["model", *(METRICS[metric].label for metric in _SHOWN)]
     text = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for line in [*starts, *lines]:
@@ -226,8 +228,12 @@ def _section(
 
 
 def _title(cell: Cell) -> str:
-    values = ", ".join(f"{field.rpartition('.')[2]} {value}" for field, value in cell.values.items())
-    return cell.run + (f" ({values})" if values else "")
+    return _with_values(cell.run, cell.values)
+
+
+def _with_values(name: str, values: Mapping[str, Any]) -> str:
+    said = ", ".join(f"{field.rpartition('.')[2]} {value}" for field, value in values.items())
+    return name + (f" ({said})" if said else "")
 
 
 def _lines(cells: Sequence[Cell], done: Mapping[str, dict[str, Any]]) -> list[Line]:
@@ -241,10 +247,17 @@ def _lines(cells: Sequence[Cell], done: Mapping[str, dict[str, Any]]) -> list[Li
     return lines
 
 
-def _start(lines: Sequence[Line], model: str, title: str) -> Line:
-    """The base or SFT model, a row a seed."""
-    by_seed = {row["seed"]: row for line in lines for row in line.rows}
-    return Line(title, model, {}, list(by_seed.values()), len(by_seed), model)
+def _starts(lines: Sequence[Line], model: str) -> list[Line]:
+    """The base or SFT model, a row a seed; one line for each way in which the grid evaluates it."""
+    ways: dict[str, tuple[dict[str, Any], dict[int, dict[str, Any]]]] = {}
+    for line in lines:
+        values = {field: value for field, value in line.values.items() if field.startswith("evaluation.")}
+        _, by_seed = ways.setdefault(_with_values(_STARTS[model], values), (values, {}))
+        by_seed |= {row["seed"]: row for row in line.rows}
+    return [
+        Line(title, model, values, list(by_seed.values()), len(by_seed), model)
+        for title, (values, by_seed) in ways.items()
+    ]
 
 
 def _mixed_starts(lines: Sequence[Line]) -> list[str]:
@@ -323,7 +336,10 @@ def _pictures(
     if swept is not None and not all(isinstance(value, (int, float)) for value in part.grid[swept]):
         swept = None
     # One look a run in all pictures of the part, under the name that its tables use.
-    labels = {_look(line, swept): line.run if swept and line.values else line.title for line in [*starts, *lines]}
+    labels = {
+        _look(line, swept): _STARTS.get(line.run, line.run) if swept and line.values else line.title
+        for line in [*starts, *lines]
+    }
     looks = {name: replace(look, label=labels[name]) for name, look in styles(list(labels)).items()}
     models = [
         ModelResult(
@@ -340,8 +356,8 @@ def _pictures(
         keep(plane_figure(trained, looks=looks), "trained", f"The trained models alone, {part.title}, {label}")
     if swept is not None:
         series = {
-            run: {float(line.values[swept]): line for line in lines if line.run == run}
-            for run in dict.fromkeys(line.run for line in lines)
+            run: {float(line.values[swept]): line for line in [*starts, *lines] if line.run == run}
+            for run in dict.fromkeys(line.run for line in [*starts, *lines] if swept in line.values)
         }
         for_metric = {
             metric: {

@@ -245,6 +245,26 @@ def test_the_sweep_names_its_values_and_the_source_is_stated(page):
     assert "12 evaluation prompts and 4 responses each. 0.1 hours" in text and "0.1.0+a" in text
 
 
+def test_what_a_grid_evaluates_in_several_ways_has_a_line_for_each(tmp_path):
+    """At another temperature the SFT model is another point; at another alpha it is the same."""
+    field, document = "evaluation.sampling.temperature", EXPERIMENT.model_dump()
+    document["parts"] = [{"name": "t", "title": "T", "grid": {field: [0.5, 1.5], "method.alpha": [0, 2]}}]
+    results = Results(tmp_path / "results", "grid")
+    cells = [cell("t", "dqo", 0, {field: t, "method.alpha": a}) for t in (0.5, 1.5) for a in (0, 2)]
+    means = {}
+    for one in cells:
+        result, responses = row(one, 0.1)
+        temperature = one.values[field]
+        result["models"]["sft"]["quality"] = [q - temperature / 10 for q in result["models"]["sft"]["quality"]]
+        means[temperature] = np.mean(result["models"]["sft"]["quality"])
+        results.add(result, responses)
+    write_page(Experiment.model_validate(document), cells, results, tmp_path / "page.md")
+    found = {line[0]: line[1] for line in lines_of((tmp_path / "page.md").read_text(), "| SFT")}
+    assert found.keys() == {"SFT (temperature 0.5)", "SFT (temperature 1.5)"}
+    for temperature, mean in means.items():
+        assert found[f"SFT (temperature {temperature})"].startswith(f"{mean:.3f} [")
+
+
 def test_a_task_with_right_answers_gets_pass_at_n(tmp_path):
     """Pass@k by counting the subsets of k responses that hold a right one."""
     results = Results(tmp_path / "results", "grid")
