@@ -309,4 +309,5 @@ class Results:
     def responses(self, key: str) -> list[dict[str, Any]]:
         """Responses of a job: rows as in `responses.jsonl` of the stage `evaluate`."""
         text = gzip.decompress((self.folder / "responses" / f"{key}.jsonl.gz").read_bytes()).decode()
-        return [json.loads(line) for line in text.splitlines()]
+        # Not splitlines, for which U+2028 and the like, which a policy may sample, end a line too.
+        return [json.loads(line) for line in text.split("\n") if line]

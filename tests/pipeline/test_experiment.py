@@ -164,6 +164,13 @@ def test_kept_results_are_those_of_the_shipped_experiment():
             }  # fmt: skip
 
 
+def test_responses_are_kept_as_they_are_whatever_was_sampled(tmp_path):
+    responses = [{"model": "dqo", "text": "a\u2028b\u2029c\x85d\x0be\x1cf\r\ng"}, {"model": "dqo", "text": ""}]
+    results = Results(tmp_path, "grid")
+    results.add({"key": "a"}, responses)
+    assert results.responses("a") == responses
+
+
 def test_a_damaged_results_file_is_named(tmp_path):
     (tmp_path / "grid.jsonl").write_text('{"no": "key"}\n')
     with pytest.raises(DQOError, match=r"grid.jsonl: not a results file"):
