@@ -135,8 +135,7 @@ class Cell:
         Fields that only one of the two versions knows do not count, and rows of versions that kept no recipe tell
         nothing.
         """
-        then, now = _flat(row.get("recipe", {})), _flat(measured(self.recipe))
-        return [f"{name} {then[name]}, now {now[name]}" for name in then if name in now and then[name] != now[name]]
+        return _changes(row.get("recipe", {}), measured(self.recipe))
 
     @property
     def title(self) -> str:
@@ -155,11 +154,16 @@ def measured(recipe: Recipe, exclude_defaults: bool = False) -> dict[str, Any]:
     return said
 
 
-def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Fields by their dotted names."""
-    found: dict[str, Any] = {}
-    for name, value in section.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+def _changes(then: Mapping[str, Any], now: Mapping[str, Any], section: str = "") -> list[str]:
+    """Fields of both that differ, a section that only one of them fills in among them."""
+    found = []
+    for name in then:
+        if name not in now or then[name] == now[name]:
+            continue
+        if isinstance(then[name], dict) and isinstance(now[name], dict):
+            found += _changes(then[name], now[name], f"{section}{name}.")
+        else:
+            found.append(f"{section}{name} {then[name]}, now {now[name]}")
     return found
 
 

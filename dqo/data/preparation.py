@@ -157,10 +157,8 @@ class _Examiner:
         prompt = calling.prompt(self.task, row.values)
         references = row.values["references"]
         if not isinstance(references, (list, tuple)) or not all(isinstance(one, str) for one in references):
-            reason = (
-                f"references: got {references!r}; expected a list of texts"  # where the task's `check` lets it pass
-            )
-            return RejectedRow.of(row, "unusable field", reason)
+            # The `check` of a task of one's own may let it pass.
+            return RejectedRow.of(row, "unusable field", f"references: got {references!r}; expected a list of texts")
         references = list(dict.fromkeys(reference.strip() for reference in references))
         fields = {name: row.values[name] for name in self.task.fields}
         if not prompt or not all(message["content"].strip() for message in prompt):

@@ -67,10 +67,12 @@ def test_a_result_of_another_recipe_does_not_count(recipe, tmp_path):
         ({}, []),
         ({"rl": {"max_grad_norm": 0.7}}, ["rl.max_grad_norm 0.7, now 1.0"]),
         ({"rl": {"a_field_of_then": 1}, "seed": 5}, ["seed 5, now 0"]),
+        ({"policy": {"lora": None}}, [f"policy.lora None, now {measured(cell.recipe)['policy']['lora']}"]),
+        ({"judge": {"n": 1}}, ["judge {'n': 1}, now None"]),
     ):
         then = measured(cell.recipe)
         for section, fields in changes.items():
-            then[section] = then[section] | fields if isinstance(fields, dict) else fields
+            then[section] = then[section] | fields if isinstance(then[section], dict) else fields
         results.add({"key": cell.key, "recipe": then}, [])
         rows, outdated = results.current([cell])
         assert outdated == ({cell.key: said} if said else {}) and (cell.key in rows) == (not said)

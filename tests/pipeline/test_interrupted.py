@@ -111,8 +111,9 @@ def interrupted(tiny_encoder, tmp_path_factory) -> Iterator[Interrupted]:
 @pytest.mark.slow
 def test_full_disk_at_a_checkpoint(interrupted):
     """The run stops with a clear message that says how to continue."""
-    if interrupted.disk_full is None:
+    if interrupted.no_mount:
         pytest.skip(interrupted.no_mount)
+    assert interrupted.disk_full is not None
     status, printed = interrupted.disk_full.status, interrupted.disk_full.printed
     assert status == 2, printed
     assert "disk is full" in printed and "Traceback" not in printed
